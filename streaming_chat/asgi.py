@@ -1,0 +1,88 @@
+"""One line for the host's ``asgi.py``::
+
+    application = with_streaming_chat(get_asgi_application())
+
+Everything of the app is imported inside the functions, so that this module can be imported before the apps are loaded,
+wherever a formatter sorts the line to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
+
+Application: TypeAlias = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+def with_streaming_chat(application: Application) -> Application:
+    """``application`` with the chat's sockets, and with turns that are recovered at the start and drained at the end.
+
+    Everything else goes to ``application`` as before: HTTP, and WebSockets at paths that are not the chat's, if it is
+    one that takes them (such as Channels' ``ProtocolTypeRouter``).
+    """
+    from django.core.handlers.asgi import ASGIHandler  # noqa: PLC0415
+
+    from .routing import chat_socket, socket_arguments  # noqa: PLC0415
+
+    _hook_daphne()
+
+    async def chat_application(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        elif scope["type"] == "websocket" and (arguments := socket_arguments(scope["path"])) is not None:
+            await chat_socket(scope, receive, send, arguments)
+        elif scope["type"] == "websocket" and isinstance(application, ASGIHandler):
+            await receive()
+            await send({"type": "websocket.close", "code": 4404})
+        else:
+            await application(scope, receive, send)
+
+    return chat_application
+
+
+async def start() -> None:
+    """Begin to claim and recover turns, before the first request comes."""
+    from .generation.runner import get_runner  # noqa: PLC0415
+
+    get_runner().start()
+
+
+async def stop() -> None:
+    """Let running turns end within ``DRAIN_SECONDS``, settle the rest, and close everything."""
+    from .database import close_threads  # noqa: PLC0415
+    from .generation.runner import get_runner  # noqa: PLC0415
+    from .hub import get_hub  # noqa: PLC0415
+    from .providers import aclose_providers  # noqa: PLC0415
+
+    await get_runner().drain()
+    await get_hub().close()
+    await aclose_providers()
+    await asyncio.to_thread(close_threads)
+
+
+async def _lifespan(receive: Any, send: Any) -> None:
+    while True:
+        message = await receive()
+        if message["type"] == "lifespan.startup":
+            await start()
+            await send({"type": "lifespan.startup.complete"})
+        elif message["type"] == "lifespan.shutdown":
+            await stop()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+
+
+def _hook_daphne() -> None:
+    """Start and drain with Daphne's reactor, because Daphne does not speak the lifespan protocol."""
+    reactor: Any = sys.modules.get("twisted.internet.reactor")
+    loop = getattr(reactor, "_asyncioEventloop", None)
+    if loop is None or "daphne.server" not in sys.modules:
+        return
+    from twisted.internet.defer import Deferred  # noqa: PLC0415
+
+    reactor.callWhenRunning(lambda: asyncio.ensure_future(start(), loop=loop))
+    reactor.addSystemEventTrigger(
+        "before", "shutdown", lambda: Deferred.fromFuture(asyncio.ensure_future(stop(), loop=loop))
+    )

@@ -1,0 +1,211 @@
+"""The WebSocket: commands in, events out. Nothing is generated or remembered here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from contextlib import ExitStack
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+from channels.auth import get_user
+from channels.generic.websocket import AsyncWebsocketConsumer
+from django.conf import settings as django_settings
+from django.db import DatabaseError
+from django.http import QueryDict
+from django.utils.translation import gettext
+
+from . import limits, protocol, turns
+from .conf import get_settings
+from .exceptions import ChatError, InvalidInputError, RateLimitedError, SignedOutError
+from .generation.runner import get_runner
+from .hub import ConversationViewer, Sent, get_hub
+from .protocol import Ack, Command, Cursor, Ping, Regenerate, Resume, Send, Stop
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+CLOSE_SIGNED_OUT: Final = 4401
+CLOSE_NOT_FOUND: Final = 4404
+CLOSE_TOO_MANY: Final = 4429
+CLOSE_POLICY: Final = 1008
+CLOSE_RESTART: Final = 1012
+STRIKES: Final = 20
+"""Commands refused for their rate before the socket is closed."""
+FREE_COMMANDS_FACTOR: Final = 10
+"""Acknowledgements and pings have a limit of their own, so many times that of commands."""
+
+logger = logging.getLogger(__name__)
+
+
+class ChatConsumer(AsyncWebsocketConsumer):
+    """One socket that follows one conversation.
+
+    Sends a ``snapshot``, or with ``?after=<cursor>`` what came since, and then every event; takes the commands of
+    :mod:`streaming_chat.protocol`. A command that can't be carried out is answered with ``error`` and the socket stays
+    open. It closes with 4401 (signed out), 4404 (no such conversation for this user), 4429 (too many sockets), 1008
+    (too many commands) and 1012 (restart: come back).
+    """
+
+    channel_layer_alias = "-"  # No layer per socket: the hub has one channel for the whole process.
+
+    async def __call__(
+        self, scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        """Serve the socket. Whatever ends it, the viewer is detached: some servers skip the disconnect message."""
+        self._viewer: ConversationViewer | None = None
+        self._held = ExitStack()
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._release()
+
+    async def dispatch(self, message: Any) -> None:
+        """Hand a message to its method.
+
+        The framework's own ``dispatch`` first visits the thread that all synchronous code shares, to close old
+        connections; nothing here uses one.
+        """
+        await getattr(self, message["type"].replace(".", "_"))(message)
+
+    async def connect(self) -> None:
+        """Accept the socket and begin to send."""
+        settings = get_settings()
+        self._user = self.scope["user"]
+        self._conversation_id: uuid.UUID = self.scope["url_route"]["kwargs"]["conversation_id"]
+        await self.accept()
+        if get_runner().draining:
+            return await self.close(CLOSE_RESTART)
+        if not self._user.is_authenticated:
+            return await self.close(CLOSE_SIGNED_OUT)
+        try:
+            self._held.enter_context(limits.sockets.hold(self._user.pk, settings.sockets_per_user))
+        except RateLimitedError as error:
+            await self._problem(error, None)
+            return await self.close(CLOSE_TOO_MANY)
+        get_runner().start()
+        now = time.monotonic()
+        self._commands = limits.Rate(settings.commands_per_minute, now=now)
+        self._free_commands = limits.Rate(settings.commands_per_minute * FREE_COMMANDS_FACTOR, now=now)
+        self._strikes = 0
+        after = QueryDict(self.scope.get("query_string", b"")).get("after")
+        self._viewer = get_hub().watch(self._conversation_id, self._user, Cursor.parse(str(after)))
+        self._viewer.needs_acks = True
+        get_hub().pump(self._viewer, self._show)
+        return None
+
+    async def disconnect(self, code: int) -> None:
+        """Detach the viewer; the turn goes on."""
+        self._release()
+
+    async def websocket_receive(self, message: Any) -> None:
+        """Take a frame. Servers may leave out the key of the kind that it is not."""
+        await self.receive(message.get("text"), message.get("bytes"))
+
+    async def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
+        """Carry out one command, or answer why not."""
+        if self._viewer is None:
+            return
+        ref: str | None = None
+        try:
+            if text_data is None:
+                raise InvalidInputError("binary_unsupported")
+            command = protocol.parse_command(text_data)
+            ref = command.ref
+            free = isinstance(command, Ack | Ping)
+            (self._free_commands if free else self._commands).take()
+            await self._carry_out(command)
+        except RateLimitedError as error:
+            await self._problem(error, ref)
+            self._strikes += 1
+            if self._strikes >= STRIKES:
+                await self.close(CLOSE_POLICY)
+        except SignedOutError as error:
+            await self._problem(error, ref)
+            await self.close(CLOSE_SIGNED_OUT)
+        except ChatError as error:
+            await self._problem(error, ref)
+        except DatabaseError as error:
+            logger.error("a command failed: %s", type(error).__name__)
+            await self._problem(ChatError(), ref)
+
+    async def _carry_out(self, command: Command) -> None:
+        viewer = self._viewer
+        assert viewer is not None  # noqa: S101 - `receive` has checked
+        match command:
+            case Ack():
+                viewer.acknowledge(str(command.turn_id), command.seq)
+            case Ping():
+                await self._send({"type": "pong", "ref": command.ref})
+            case Resume():
+                await self._check_session()
+                viewer.resume(Cursor.parse(command.cursor or ""))
+                await self._accepted(command)
+            case Send():
+                await self._check_session()
+                started = await turns.start_turn(
+                    self._user,
+                    self._conversation_id,
+                    text=command.text,
+                    client_id=command.client_id,
+                    parent_id=command.parent_id,
+                )
+                await self._accepted(command, started)
+            case Regenerate():
+                await self._check_session()
+                started = await turns.regenerate_turn(
+                    self._user,
+                    self._conversation_id,
+                    message_id=command.message_id,
+                    client_id=command.client_id,
+                )
+                await self._accepted(command, started)
+            case Stop():
+                await self._check_session()
+                await turns.stop_turn(self._user, self._conversation_id, command.turn_id)
+                await self._accepted(command)
+
+    async def _check_session(self) -> None:
+        """Ask the session again who this is, as it may have ended since the socket was opened.
+
+        Raises:
+            SignedOutError: It has, or it belongs to somebody else now.
+        """
+        session = self.scope.get("session")
+        if session is None:
+            return
+        store = import_module(django_settings.SESSION_ENGINE).SessionStore
+        user = await get_user({**self.scope, "session": store(session.session_key)})
+        if not user.is_authenticated or user.pk != self._user.pk:
+            raise SignedOutError
+        self._user = user
+
+    async def _show(self, sent: Sent) -> None:
+        if sent.json:
+            await self.send(text_data=sent.json)
+        if sent.kind == "deleted":
+            await self.close(CLOSE_NOT_FOUND)
+
+    async def _accepted(self, command: Command, started: turns.StartedTurn | None = None) -> None:
+        await self._send(
+            {
+                "type": "accepted",
+                "ref": command.ref,
+                "turn": None if started is None else str(started.id),
+                "message": None if started is None else str(started.prompt_id),
+                "duplicate": started is not None and started.duplicate,
+            }
+        )
+
+    async def _problem(self, error: ChatError, ref: str | None) -> None:
+        await self._send(protocol.problem(error, ref, translate=gettext))
+
+    async def _send(self, event: protocol.Event) -> None:
+        await self.send(text_data=protocol.encode(event))
+
+    def _release(self) -> None:
+        if self._viewer is not None:
+            self._viewer.close()
+        self._held.close()

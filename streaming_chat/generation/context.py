@@ -1,0 +1,105 @@
+"""From the stored history to the provider's request."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+from django.utils.crypto import salted_hmac
+
+from ..blocks import Block
+from ..conf import ChatSettings, get_settings
+from ..models import Conversation, Message, Turn
+from ..providers.base import ProviderMessage, ProviderRequest
+
+OPTION_KEYS: Final = frozenset(
+    {"max_tokens", "thinking", "effort", "stop_sequences", "send_user_id", "prompt_caching", "stream"}
+)
+"""What ``Conversation.options`` may override."""
+
+
+def build_request(turn_id: uuid.UUID) -> ProviderRequest:
+    """What the provider is asked for a turn. Blocks: run it in a database thread.
+
+    Raises:
+        Turn.DoesNotExist: The conversation was deleted.
+    """
+    turn = Turn.objects.select_related("conversation").get(pk=turn_id)
+    conversation, site = turn.conversation, get_settings()
+    chosen: dict[str, Any] = {key: getattr(site, key) for key in OPTION_KEYS}
+    chosen |= {key: value for key, value in conversation.options.items() if key in OPTION_KEYS}
+    return ProviderRequest(
+        model=model_of(conversation, site),
+        messages=history(turn),
+        system=conversation.system_prompt or site.system_prompt,
+        max_tokens=chosen["max_tokens"],
+        thinking=chosen["thinking"],
+        effort=chosen["effort"],
+        stop_sequences=tuple(chosen["stop_sequences"]),
+        user_id=user_hash(turn.requested_by_id) if chosen["send_user_id"] else None,
+        prompt_caching=chosen["prompt_caching"],
+        stream=chosen["stream"],
+    )
+
+
+def model_of(conversation: Conversation, site: ChatSettings) -> str:
+    """The model that answers in a conversation."""
+    return conversation.model or site.model
+
+
+def user_hash(user_id: Any) -> str | None:
+    """A stable name for a user that tells the provider nothing about them; None for nobody."""
+    return None if user_id is None else salted_hmac("streaming_chat.user_id", str(user_id)).hexdigest()[:32]
+
+
+def history(turn: Turn) -> list[ProviderMessage]:
+    """The branch up to the turn's prompt, as the provider accepts it.
+
+    A refused turn is left out, with its prompt, because a refusal in the history causes the next one. Replies that
+    hold nothing yet are left out; neighbours of one role become one message.
+    """
+    messages = Message.objects.path(turn.prompt_id)
+    refused = set(
+        Turn.objects.filter(reply__in=messages, stop_reason="refusal").values_list("prompt_id", "reply_id")
+    )
+    left_out = {message_id for pair in refused for message_id in pair} - {turn.prompt_id}
+    return merge_roles(
+        ProviderMessage(role="user" if message.role == Message.Role.USER else "assistant", blocks=blocks)
+        for message in messages
+        if message.pk not in left_out and (blocks := sendable(message.blocks))
+    )
+
+
+def merge_roles(messages: Iterable[ProviderMessage]) -> list[ProviderMessage]:
+    """``messages`` with neighbours of one role joined, starting with the user."""
+    merged: list[ProviderMessage] = []
+    for message in messages:
+        if merged and merged[-1].role == message.role:
+            merged[-1] = ProviderMessage(role=message.role, blocks=merged[-1].blocks + message.blocks)
+        elif merged or message.role == "user":
+            merged.append(message)
+    return merged
+
+
+def sendable(blocks: Sequence[Block]) -> list[Block]:
+    """The blocks that may be sent back: complete ones, with whatever they depend on.
+
+    An interrupted reply can end in half a tool call or in thinking without its signature; a call needs its result in
+    the same or the next message, and no text may be blank.
+    """
+    results = {block["tool_use_id"] for block in blocks if isinstance(block.get("tool_use_id"), str)}
+    return [block for block in blocks if _is_complete(block, results)]
+
+
+def _is_complete(block: Block, results: set[str]) -> bool:
+    kind = block.get("type")
+    if "partial_json" in block:
+        return False
+    if kind == "text":
+        return bool(str(block.get("text") or "").strip())
+    if kind == "thinking":
+        return bool(block.get("signature"))
+    if isinstance(kind, str) and kind.endswith("tool_use"):
+        return block.get("id") in results
+    return True

@@ -1,0 +1,7 @@
+"""The tables. Only :mod:`streaming_chat.turns` and the journal write to them."""
+
+from .conversation import Conversation, Message, Participant
+from .turn import JournalEntry, Turn
+from .usage import UsageRecord
+
+__all__ = ["Conversation", "JournalEntry", "Message", "Participant", "Turn", "UsageRecord"]
