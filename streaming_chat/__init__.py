@@ -13,4 +13,6 @@ A prompt goes down, its answer comes back up::
 The journal in the database is the truth; the channel layer only makes it fast.
 """
 
+from __future__ import annotations
+
 __version__ = "0.1.0"

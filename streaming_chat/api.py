@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, cast
 from asgiref.sync import sync_to_async
 from django.core.exceptions import RequestDataTooBig
 from django.db import DatabaseError
-from django.db.models import Exists, OuterRef, Q
+from django.db.models import Q
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase, JsonResponse
 from django.utils.translation import gettext
 from ninja import Field, NinjaAPI, Query, Schema
@@ -301,9 +301,7 @@ async def delete_conversation(request: HttpRequest, conversation_id: uuid.UUID) 
 # ------------------------------------------------------------------------------------------------ messages and turns
 
 
-@api.get(
-    "conversations/{uuid:conversation_id}/messages", response={200: MessagePage, **PROBLEMS}, url_name="messages"
-)
+@api.get("conversations/{uuid:conversation_id}/messages", response={200: MessagePage, **PROBLEMS}, url_name="messages")
 async def list_messages(
     request: HttpRequest, conversation_id: uuid.UUID, before: uuid.UUID | None = None, limit: PageSize = 50
 ) -> Any:
@@ -361,23 +359,22 @@ def _accepted(request: HttpRequest, started: turns.StartedTurn) -> Any:
 
 # ------------------------------------------------------------------------------------------------ reads
 
-_RUNNING = Exists(Turn.objects.filter(conversation=OuterRef("pk"), status__in=Turn.ACTIVE))
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PLACE = re.compile(r"([0-9]{1,18})\.([0-9a-f]{32})", re.ASCII)
 
 
-def _read_list(
-    user: AnyUser, before: tuple[datetime, uuid.UUID] | None, limit: int, archived: bool
-) -> dict[str, Any]:
+def _read_list(user: AnyUser, before: tuple[datetime, uuid.UUID] | None, limit: int, archived: bool) -> dict[str, Any]:
     rows = Conversation.objects.visible_to(user).filter(archived_at__isnull=not archived)
     if before is not None:
         at, pk = before
         # The first condition is implied by the second, but only it lets the index begin at the right place.
         rows = rows.filter(updated_at__lte=at).filter(Q(updated_at__lt=at) | Q(updated_at=at, pk__lt=pk))
-    found = list(rows.annotate(running=_RUNNING).order_by("-updated_at", "-id")[: limit + 1])
+    found = list(rows.order_by("-updated_at", "-id")[: limit + 1])
     page = found[:limit]
+    active = Turn.objects.filter(conversation__in=page, status__in=Turn.ACTIVE)
+    running = set(active.values_list("conversation_id", flat=True))
     return {
-        "items": [snapshot.conversation_form(c, snapshot.role_in(c, user), running=c.running) for c in page],
+        "items": [snapshot.conversation_form(c, snapshot.role_in(c, user), running=c.pk in running) for c in page],
         "next": _place_of(page[-1]) if len(found) > limit else None,
     }
 
@@ -405,9 +402,7 @@ def _read_one(user: AnyUser, conversation_id: uuid.UUID) -> ConversationForm:
     return snapshot.conversation_form(conversation, snapshot.role_in(conversation, user), running=running)
 
 
-def _read_messages(
-    user: AnyUser, conversation_id: uuid.UUID, before: uuid.UUID | None, limit: int
-) -> dict[str, Any]:
+def _read_messages(user: AnyUser, conversation_id: uuid.UUID, before: uuid.UUID | None, limit: int) -> dict[str, Any]:
     conversation = snapshot.read_conversation(conversation_id, user)
     leaf_id = conversation.leaf_id
     if before is not None:

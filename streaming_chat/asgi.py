@@ -1,4 +1,6 @@
-"""One line for the host's ``asgi.py``::
+"""One line for the host's ``asgi.py``.
+
+::
 
     application = with_streaming_chat(get_asgi_application())
 

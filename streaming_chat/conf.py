@@ -20,7 +20,7 @@ class ChatSettings:
 
     # ------------------------------------------------------------------ the model
     provider: str | None = None
-    """``"anthropic"``, ``"demo"`` or the dotted path of a provider class. None: Anthropic if a key is set, else demo."""
+    """``"anthropic"``, ``"demo"`` or the dotted path of a class. None: Anthropic if a key is set, else demo."""
     anthropic_api_key: str | None = dataclasses.field(default=None, repr=False)
     """None: the environment variable ``ANTHROPIC_API_KEY``."""
     anthropic_base_url: str | None = None
@@ -150,7 +150,7 @@ def _check_value(key: str, annotation: str, value: Any) -> None:
         return
     if not isinstance(value, plain[annotation]) or (annotation != "bool" and isinstance(value, bool)):
         raise ImproperlyConfigured(f"STREAMING_CHAT[{key!r}] must be {annotation}, not {type(value).__name__}")
-    if annotation in ("int", "float") and value < (0 if key == "PROVIDER_RETRIES" else 1e-3):
+    if isinstance(value, int | float) and annotation != "bool" and value < (0 if key == "PROVIDER_RETRIES" else 1e-3):
         raise ImproperlyConfigured(f"STREAMING_CHAT[{key!r}] must be greater than zero")
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 import uuid
 from contextlib import ExitStack
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from channels.auth import get_user
 from channels.generic.websocket import AsyncWebsocketConsumer
@@ -26,6 +25,8 @@ from .protocol import Ack, Command, Cursor, Ping, Regenerate, Resume, Send, Stop
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from .snapshot import AnyUser
 
 CLOSE_SIGNED_OUT: Final = 4401
 CLOSE_NOT_FOUND: Final = 4404
@@ -73,7 +74,7 @@ class ChatConsumer(AsyncWebsocketConsumer):
     async def connect(self) -> None:
         """Accept the socket and begin to send."""
         settings = get_settings()
-        self._user = self.scope["user"]
+        self._user: AnyUser = cast("AnyUser", self.scope["user"])
         self._conversation_id: uuid.UUID = self.scope["url_route"]["kwargs"]["conversation_id"]
         await self.accept()
         if get_runner().draining:
@@ -180,7 +181,6 @@ class ChatConsumer(AsyncWebsocketConsumer):
         user = await get_user({**self.scope, "session": store(session.session_key)})
         if not user.is_authenticated or user.pk != self._user.pk:
             raise SignedOutError
-        self._user = user
 
     async def _show(self, sent: Sent) -> None:
         if sent.json:

@@ -85,9 +85,10 @@ async def in_journal_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwa
 async def in_database(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run ``work`` on one of the shared threads and return its result.
 
-    Work that writes opens its own transaction (reading in one would take SQLite's only write lock). It runs again, up to :data:`WORK_ATTEMPTS` times, when the database was busy, had a deadlock or closed the
-    connection; so it must be safe to repeat, even where the first attempt did commit. Cancelling does not stop the
-    thread: the transaction may still commit.
+    Work that writes opens its own transaction (reading in one would take SQLite's only write lock). It runs again, up
+    to :data:`WORK_ATTEMPTS` times, when the database was busy, had a deadlock or closed the connection; so it must be
+    safe to repeat, even where the first attempt did commit. Cancelling does not stop the thread: the transaction may
+    still commit.
 
     Raises:
         OperationalError: The database is still not there.

@@ -38,9 +38,7 @@ class ChatError(Exception):
     http_status: int = 500
     sentence: str = _("Something went wrong on our side. What you see is saved.")
 
-    def __init__(
-        self, *, field: str | None = None, retry_after_seconds: float | None = None, **params: Any
-    ) -> None:
+    def __init__(self, *, field: str | None = None, retry_after_seconds: float | None = None, **params: Any) -> None:
         self.field = field
         self.retry_after_seconds = retry_after_seconds
         self.params = params
@@ -120,7 +118,7 @@ class RateLimitedError(ChatError):
 
 
 class DrainingError(ChatError):
-    """This process is shutting down and takes no new work; another one will."""
+    """The process is shutting down and takes no new work; another one will."""
 
     code = "draining"
     http_status = 503

@@ -98,42 +98,12 @@ class Viewer(abc.ABC):
 
         Cancelling or closing the generator detaches the viewer.
         """
-        self._hub._attach(self)  # noqa: SLF001
+        self._hub._attach(self)
         try:
-            await self._hub._joined(self.conversation_id)  # noqa: SLF001
+            await self._hub._joined(self.conversation_id)
             while not self._closed:
-                if self._stale and self._has_credit():
-                    self._stale = False
-                    try:
-                        missing = await self._reread()
-                    except DatabaseError as error:
-                        logger.warning("viewer can't be brought up to date: %s", type(error).__name__)
-                        self._mark_stale()
-                        await asyncio.sleep(READ_RETRY_SECONDS)
-                        if self._progress_due:
-                            self._progress_due = False
-                            yield self._progress()
-                        continue
-                    for sent in missing:
-                        yield self._note(sent)
-                    continue
-                frame = self._next_frame()
-                if frame is not None:
-                    verdict = self._verdict(frame)
-                    if verdict is Verdict.GAP:
-                        self._stale = True
-                    elif verdict is Verdict.APPLY:
-                        yield self._note(self._shown(frame))
-                    continue
-                if self._progress_due:
-                    self._progress_due = False
-                    yield self._progress()
-                elif self._heartbeat_due:
-                    self._heartbeat_due = False
-                    self._quiet_since = time.monotonic()
-                    yield HEARTBEAT
-                else:
-                    await self._wait()
+                for sent in await self._next():
+                    yield self._note(sent)
         finally:
             self.close()
 
@@ -141,7 +111,7 @@ class Viewer(abc.ABC):
         """Detach. The generator ends as soon as it is asked for more."""
         self._closed = True
         self._arrived.set()
-        self._hub._detach(self)  # noqa: SLF001
+        self._hub._detach(self)
 
     def reread(self) -> None:
         """Read from the database what is missing."""
@@ -167,7 +137,7 @@ class Viewer(abc.ABC):
         self._arrived.set()
 
     def beat(self, now: float) -> None:
-        """Once a second: say that a silent turn is alive, that a silent connection is, or that nobody takes anything."""
+        """Note once a second that a silent turn or connection is alive, or that nobody takes anything any more."""
         stuck = not self._waiting and (self._frames or self._stale) and self._has_credit()
         if stuck and now - self._quiet_since > ABANDONED_SECONDS:
             logger.warning("viewer of conversation %s takes nothing, dropped", self.conversation_id)
@@ -186,6 +156,30 @@ class Viewer(abc.ABC):
         return self._is_behind(position)
 
     # ---------------------------------------------------------------- inside
+
+    async def _next(self) -> list[Sent]:
+        """What to show next; empty after a wait, to be asked again."""
+        if self._stale and self._has_credit():
+            self._stale = False
+            try:
+                return await self._reread()
+            except DatabaseError as error:
+                logger.warning("viewer can't be brought up to date: %s", type(error).__name__)
+                self._mark_stale()
+                await asyncio.sleep(READ_RETRY_SECONDS)
+        elif (frame := self._next_frame()) is not None:
+            verdict = self._verdict(frame)
+            self._stale = verdict is Verdict.GAP
+            return [self._shown(frame)] if verdict is Verdict.APPLY else []
+        elif not (self._progress_due or self._heartbeat_due):
+            await self._wait()
+        if self._progress_due:
+            self._progress_due = False
+            return [self._progress()]
+        if self._heartbeat_due:
+            self._heartbeat_due = False
+            return [HEARTBEAT]
+        return []
 
     def _mark_stale(self) -> None:
         self._stale = True
@@ -246,7 +240,6 @@ class Viewer(abc.ABC):
         return sent
 
     def _progress(self) -> Sent:
-        self._quiet_since = time.monotonic()
         event: protocol.Progress = {
             "type": "progress",
             "turn": self.cursor.turn,
@@ -358,6 +351,7 @@ class Hub:
         self._viewers: dict[uuid.UUID, set[Viewer]] = {}
         self._joining: dict[uuid.UUID, asyncio.Task[None]] = {}
         self._channel: str | None = None
+        self._naming = asyncio.Lock()
         self._layer_failed = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._started = False
@@ -376,7 +370,7 @@ class Hub:
         return TurnViewer(self, conversation_id, turn_id)
 
     def pump(self, viewer: Viewer, send: Callable[[Sent], Awaitable[None]]) -> asyncio.Task[None]:
-        """Send all the viewer's events in a task of the hub's, which ends when the viewer is closed or sending fails."""
+        """Send all the viewer's events in a task of the hub's; it ends when the viewer is closed or sending fails."""
 
         async def run() -> None:
             try:
@@ -458,10 +452,10 @@ class Hub:
             await self._join(conversation_id)
 
     async def _own_channel(self, layer: Any) -> str:
-        if self._channel is None:
-            channel = await layer.new_channel("streaming_chat_hub")
-            self._channel = self._channel or channel
-        return self._channel
+        async with self._naming:
+            if self._channel is None:
+                self._channel = await layer.new_channel("streaming_chat_hub")
+            return self._channel
 
     async def _receive(self) -> None:
         layer = get_channel_layer(get_settings().channel_layer)

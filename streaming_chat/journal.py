@@ -107,7 +107,7 @@ class Writer:
         """Say that the source has something. The turn's first ``text`` is committed at once, the rest at the tick."""
         if self._waiting_since is None:
             self._waiting_since = time.monotonic()
-        self._journal._mark_dirty(self, urgent=text and not self._has_text)  # noqa: SLF001
+        self._journal._mark_dirty(self, urgent=text and not self._has_text)
         if text and not self._has_text:
             self._has_text = self._first_text = True
 
@@ -119,13 +119,13 @@ class Writer:
         if self._waiting_since is None and self._entry is None:
             return not self.fenced
         while (self._waiting_since is not None or self._entry is not None) and not self.fenced:
-            self._journal._mark_dirty(self, urgent=True)  # noqa: SLF001
+            self._journal._mark_dirty(self, urgent=True)
             await self._journal.round()
         return not self.fenced
 
     def close(self) -> None:
         """Stop renewing the lease. Nothing may be written afterwards."""
-        self._journal._close(self)  # noqa: SLF001
+        self._journal._close(self)
 
     # ---------------------------------------------------------------- called by the journal
 
@@ -136,9 +136,7 @@ class Writer:
             if ops:
                 self.seq += 1
                 self._entry_has_first_text, self._first_text = self._first_text, False
-                self._entry = JournalEntry(
-                    turn_id=self.lease.turn_id, seq=self.seq, ops=orjson.dumps(ops).decode()
-                )
+                self._entry = JournalEntry(turn_id=self.lease.turn_id, seq=self.seq, ops=orjson.dumps(ops).decode())
             else:
                 self._waiting_since = None
         return self._entry
@@ -201,10 +199,8 @@ class Journal:
         on_stalled: Callable[[], None],
     ) -> Writer:
         """A writer for a turn that this process has just claimed."""
-        writer = Writer(
-            self, lease, source, on_stop=on_stop, on_fenced=on_fenced, on_stalled=on_stalled
-        )
-        writer._renewed_at = time.monotonic()  # noqa: SLF001
+        writer = Writer(self, lease, source, on_stop=on_stop, on_fenced=on_fenced, on_stalled=on_stalled)
+        writer._renewed_at = time.monotonic()
         self._writers[lease.token] = writer
         self._work.set()
         return writer
@@ -216,7 +212,7 @@ class Journal:
     def wake(self) -> None:
         """Read the stop flags now instead of within :data:`RENEW_SECONDS`."""
         for writer in self._writers.values():
-            writer._renewed_at = 0.0  # noqa: SLF001
+            writer._renewed_at = 0.0
         self._urgent.set()
         self._work.set()
 
@@ -270,7 +266,7 @@ class Journal:
         now = time.monotonic()
         dirty, self._dirty = self._dirty, {}
         batch = [writer for writer in dirty.values() if not writer.fenced]
-        due = [w for w in self._writers.values() if w.lease.token not in dirty and now - w._renewed_at >= RENEW_SECONDS]  # noqa: SLF001
+        due = [w for w in self._writers.values() if w.lease.token not in dirty and now - w._renewed_at >= RENEW_SECONDS]
         try:
             await self._commit([*batch, *due])
         except DatabaseError:
@@ -281,24 +277,24 @@ class Journal:
                 except DatabaseError:
                     self._dirty[writer.lease.token] = writer
                     self._work.set()
-                    writer._check_stall(time.monotonic())  # noqa: SLF001
+                    writer._check_stall(time.monotonic())
             if self._dirty:
                 raise
 
     async def _commit(self, writers: list[Writer]) -> None:
-        entries = [entry for writer in writers if (entry := writer._stage()) is not None]  # noqa: SLF001
+        entries = [entry for writer in writers if (entry := writer._stage()) is not None]
         if not writers:
             return
-        first_texts = [w.lease.turn_id for w in writers if w._entry is not None and w._entry_has_first_text]  # noqa: SLF001
+        first_texts = [w.lease.turn_id for w in writers if w._entry is not None and w._entry_has_first_text]
         tokens = [writer.lease.token for writer in writers]
         alive = await in_journal_thread(commit, tokens, entries, first_texts, get_settings().lease_seconds)
         now = time.monotonic()
         frames: list[tuple[uuid.UUID, Frame]] = []
         for writer in writers:
             if writer.lease.token not in alive:
-                writer._lost()  # noqa: SLF001
+                writer._lost()
                 continue
-            frame = writer._committed(stop=alive[writer.lease.token], now=now)  # noqa: SLF001
+            frame = writer._committed(stop=alive[writer.lease.token], now=now)
             if frame is not None:
                 frames.append((writer.lease.conversation_id, frame))
         for conversation_id, frame in frames:
@@ -350,9 +346,7 @@ def commit(
         held.update(lease_expires_at=Now() + timedelta(seconds=lease_seconds))
         rows = list(held.values_list("id", "lease_token", "stop_requested_at"))
         alive = {turn_id for turn_id, _, _ in rows}
-        JournalEntry.objects.bulk_create(
-            [entry for entry in entries if entry.turn_id in alive], ignore_conflicts=True
-        )
+        JournalEntry.objects.bulk_create([entry for entry in entries if entry.turn_id in alive], ignore_conflicts=True)
         if first_texts:
             Turn.objects.filter(id__in=first_texts, first_text_at=None, status=Turn.Status.RUNNING).update(
                 first_text_at=Now()
@@ -365,9 +359,7 @@ def read_ops(turn_id: uuid.UUID | str, *, after: int = 0) -> tuple[int, str]:
 
     ``seq`` is ``after`` if there are none.
     """
-    rows = list(
-        JournalEntry.objects.filter(turn_id=turn_id, seq__gt=after).order_by("seq").values_list("seq", "ops")
-    )
+    rows = list(JournalEntry.objects.filter(turn_id=turn_id, seq__gt=after).order_by("seq").values_list("seq", "ops"))
     inner = ",".join(ops[1:-1] for _, ops in rows)
     return (rows[-1][0] if rows else after), f"[{inner}]"
 

@@ -200,7 +200,7 @@ class Deleted(TypedDict):
 
 
 class Reconnect(TypedDict):
-    """This process is about to stop: come back after a random delay up to ``within_seconds``."""
+    """The process is about to stop: come back after a random delay up to ``within_seconds``."""
 
     type: Literal["reconnect"]
     within_seconds: float

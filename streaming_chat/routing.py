@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 from io import BytesIO
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from channels.auth import AuthMiddlewareStack
 from django.conf import settings
 from django.core.exceptions import DisallowedHost
 from django.core.handlers.asgi import ASGIRequest
-from django.http.request import is_same_domain
 from django.urls import Resolver404, resolve
-from urllib.parse import urlsplit
+from django.utils.http import is_same_domain
 
 from .consumers import ChatConsumer
 
@@ -23,7 +23,7 @@ SOCKET_URL_NAME: Final = "streaming_chat:socket"
 
 logger = logging.getLogger(__name__)
 
-_consumer = AuthMiddlewareStack(ChatConsumer.as_asgi())
+_consumer: Any = AuthMiddlewareStack(ChatConsumer.as_asgi())
 
 
 def socket_arguments(path: str) -> dict[str, Any] | None:
@@ -71,6 +71,8 @@ def _trusted(origin: str) -> bool:
         return False
     for allowed in settings.CSRF_TRUSTED_ORIGINS:
         scheme, _, pattern = allowed.partition("://")
-        if parsed.scheme == scheme and (host == pattern or ("*" in pattern and is_same_domain(host, pattern.lstrip("*")))):
+        if parsed.scheme == scheme and (
+            host == pattern or ("*" in pattern and is_same_domain(host, pattern.lstrip("*")))
+        ):
             return True
     return False

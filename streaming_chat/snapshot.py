@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import orjson
 from django.utils.translation import gettext
@@ -42,7 +42,9 @@ def role_in(conversation: Conversation, user: AnyUser) -> Role:
     if conversation.owner_id == user.pk:
         return "owner"
     role = (
-        Participant.objects.filter(conversation=conversation, user_id=user.pk).values_list("role", flat=True).first()
+        Participant.objects.filter(conversation=conversation, user=cast("Any", user))
+        .values_list("role", flat=True)
+        .first()
     )
     return cast("Role", role or "viewer")
 
@@ -126,7 +128,7 @@ def usage_form(turn: Turn) -> UsageForm | None:
 
 
 def message_forms(messages: Sequence[Message]) -> list[MessageForm]:
-    """Messages as every transport shows them, with their turns; the reply of a running turn as far as it is journaled."""
+    """Messages as every transport shows them, with their turns; a running turn's reply as far as it is journaled."""
     turns = {
         turn.reply_id: turn
         for turn in Turn.objects.timed().filter(reply__in=[m for m in messages if m.role == Message.Role.ASSISTANT])
@@ -142,9 +144,7 @@ def message_forms(messages: Sequence[Message]) -> list[MessageForm]:
     return forms
 
 
-def read_page(
-    conversation: Conversation, *, leaf_id: uuid.UUID | None, limit: int
-) -> tuple[list[MessageForm], bool]:
+def read_page(conversation: Conversation, *, leaf_id: uuid.UUID | None, limit: int) -> tuple[list[MessageForm], bool]:
     """The last ``limit`` messages up to ``leaf_id``, oldest first, and whether there are earlier ones."""
     messages = conversation.messages.select_related("author").path(leaf_id, limit=limit + 1)
     return message_forms(messages[-limit:]), len(messages) > limit

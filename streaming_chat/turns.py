@@ -158,10 +158,7 @@ async def start_turn(
     text = protocol.clean_text(text, max_chars=get_settings().message_max_chars)
     _check_client_id(client_id)
     ids = (uuid7(), uuid7(), uuid7())
-    accepted = await _accept(
-        _accept_prompt, user, conversation_id, ids, text, client_id, parent_id, timeout_seconds
-    )
-    return accepted
+    return await _accept(_accept_prompt, user, conversation_id, ids, text, client_id, parent_id, timeout_seconds)
 
 
 async def regenerate_turn(
@@ -179,9 +176,7 @@ async def regenerate_turn(
     return await _accept(_accept_regenerate, user, conversation_id, ids, message_id, client_id)
 
 
-async def stop_turn(
-    user: AnyUser, conversation_id: uuid.UUID, turn_id: uuid.UUID | None = None
-) -> TurnStatus | None:
+async def stop_turn(user: AnyUser, conversation_id: uuid.UUID, turn_id: uuid.UUID | None = None) -> TurnStatus | None:
     """Stop a turn, keeping its text; its status afterwards.
 
     Waits a moment for the turn's owner, so normally no text comes after this has returned. Stopping a turn that is
@@ -305,7 +300,7 @@ async def open_reply(
     client_id: str | None = None,
     timeout: float | None = None,  # noqa: ASYNC109 - it ends the turn, not only the wait
 ) -> ReplyStream:
-    """Start a turn and return its stream of words: ``async for words in await open_reply(user, "Hello"): …``.
+    """Start a turn and return its stream, to be read with ``async for words in stream``.
 
     Args:
         user: Who asks.

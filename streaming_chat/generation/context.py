@@ -60,9 +60,7 @@ def history(turn: Turn) -> list[ProviderMessage]:
     hold nothing yet are left out; neighbours of one role become one message.
     """
     messages = Message.objects.path(turn.prompt_id)
-    refused = set(
-        Turn.objects.filter(reply__in=messages, stop_reason="refusal").values_list("prompt_id", "reply_id")
-    )
+    refused = set(Turn.objects.filter(reply__in=messages, stop_reason="refusal").values_list("prompt_id", "reply_id"))
     left_out = {message_id for pair in refused for message_id in pair} - {turn.prompt_id}
     return merge_roles(
         ProviderMessage(role="user" if message.role == Message.Role.USER else "assistant", blocks=blocks)

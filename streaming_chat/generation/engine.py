@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final
 
-from django.db import DatabaseError
+from django.db import DatabaseError, OperationalError
 from uuid_utils.compat import uuid7
 
 from .. import signals, snapshot
@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 class Deadlines:
     """When a turn has taken too long, and why. Sans-I/O: times are seconds of one monotonic clock.
 
-    ``began_at`` is None until the provider's first sign of life. ``streams`` is False for a provider that answers all at
-    once, whose silence means nothing.
+    ``began_at`` is None until the provider's first sign of life. ``streams`` is False for a provider that answers all
+    at once, whose silence means nothing.
     """
 
     settings: ChatSettings
@@ -96,9 +96,7 @@ class Generation:
             self._coalescer,
             on_stop=lambda: self.interrupt(Outcome(status=Turn.Status.STOPPED)),
             on_fenced=lambda: self.interrupt(Outcome(status=Turn.Status.INTERRUPTED, error_code="owner_lost")),
-            on_stalled=lambda: self.interrupt(
-                Outcome(status=Turn.Status.INTERRUPTED, error_code="storage_stalled")
-            ),
+            on_stalled=lambda: self.interrupt(Outcome(status=Turn.Status.INTERRUPTED, error_code="storage_stalled")),
         )
         self._outcome: Outcome | None = None
         self._scope: asyncio.Timeout | None = None
@@ -138,7 +136,7 @@ class Generation:
             raise
         except ProviderError as error:
             self._decide(Outcome(status=Turn.Status.FAILED, error_code=error.code))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the turn must end
             if self._outcome is None:  # else it is the scope that `interrupt` has closed
                 # Its kind and place, but not its text, which may hold the prompt.
                 logger.error("turn %s: %s at %s", self.turn_id, type(error).__name__, _place(error))
@@ -154,26 +152,10 @@ class Generation:
         Run it as a task of its own, so that it outlives any number of cancels. If the database stays away, recovery
         ends the turn later; viewers lose nothing, because nothing unsaved was shown.
         """
-        outcome = self._outcome or Outcome(status=Turn.Status.INTERRUPTED, error_code="stream_cut")
-        give_up_at = time.monotonic() + FINISH_SECONDS
         try:
             async with asyncio.timeout(FINISH_SECONDS):
                 owned = await self._writer.flush()
-            while True:
-                try:
-                    turn = await in_database(
-                        lease.finish,
-                        self.lease,
-                        outcome,
-                        blocks=self._fold.blocks(),
-                        end_seq=self._writer.seq,
-                        requests=self._requests,
-                    )
-                    break
-                except DatabaseError:
-                    if time.monotonic() > give_up_at:
-                        raise
-                    await asyncio.sleep(FINISH_BACKOFF_SECONDS)
+                turn = await self._store_end()
         except (DatabaseError, TimeoutError) as error:
             logger.error("turn %s: could not be ended (%s); recovery will", self.turn_id, type(error).__name__)
             return
@@ -184,6 +166,18 @@ class Generation:
             await signals.send(signals.turn_finished, turn_id=turn.pk, status=turn.status)
 
     # ---------------------------------------------------------------- inside
+
+    async def _store_end(self) -> Turn | None:
+        outcome = self._outcome or Outcome(status=Turn.Status.INTERRUPTED, error_code="stream_cut")
+        blocks, end_seq = self._fold.blocks(), self._writer.seq
+        while True:
+            try:
+                return await in_database(
+                    lease.finish, self.lease, outcome, blocks=blocks, end_seq=end_seq, requests=self._requests
+                )
+            except OperationalError as error:
+                logger.warning("turn %s: its end can't be stored yet (%s)", self.turn_id, type(error).__name__)
+                await asyncio.sleep(FINISH_BACKOFF_SECONDS)
 
     async def _stream(self) -> None:
         request = await in_database(context.build_request, self.turn_id)

@@ -91,15 +91,11 @@ def claim(turn_id: uuid.UUID, token: uuid.UUID, lease_seconds: float) -> Claim |
 
 def waiting_turns(limit: int, *, age_seconds: float) -> list[uuid.UUID]:
     """The longest waiting turns that nobody has claimed for ``age_seconds``."""
-    waiting = Turn.objects.filter(
-        status=Turn.Status.QUEUED, queued_at__lte=Now() - timedelta(seconds=age_seconds)
-    )
+    waiting = Turn.objects.filter(status=Turn.Status.QUEUED, queued_at__lte=Now() - timedelta(seconds=age_seconds))
     return list(waiting.order_by("queued_at", "id").values_list("id", flat=True)[:limit])
 
 
-def open_request(
-    lease: Lease, record_id: uuid.UUID, *, provider: str, model: str
-) -> bool:
+def open_request(lease: Lease, record_id: uuid.UUID, *, provider: str, model: str) -> bool:
     """Record that the provider is about to be asked; False if the lease is lost, and then it must not be asked.
 
     After a crash this record says that the request may have been sent, so the turn is not simply run again.
@@ -132,14 +128,13 @@ def finish(
     with transaction.atomic():
         for request in requests:
             settle_request(request)
-        ended = _end(
+        return _end(
             Turn.objects.filter(lease_token=lease.token, status=Turn.Status.RUNNING),
             lease.turn_id,
             outcome,
             blocks=list(blocks),
             end_seq=end_seq,
         )
-    return ended
 
 
 def settle_request(request: Request) -> None:
@@ -189,9 +184,7 @@ def settle_expired() -> tuple[list[Turn], list[uuid.UUID]]:
                 continue
             asked = turn.usage_records.exists()
             if not asked and turn.stop_requested_at is None and turn.attempt < MAX_ATTEMPTS:
-                _mine(turn).update(
-                    status=Turn.Status.QUEUED, lease_token=None, lease_expires_at=None, started_at=None
-                )
+                _mine(turn).update(status=Turn.Status.QUEUED, lease_token=None, lease_expires_at=None, started_at=None)
                 requeued.append(turn.pk)
                 continue
             result = _settle(turn)
@@ -270,9 +263,7 @@ def _fail_queued(turn_id: uuid.UUID) -> Turn | None:
         )
 
 
-def _end(
-    condition: Any, turn_id: uuid.UUID, outcome: Outcome, *, blocks: list[Block], end_seq: int
-) -> Turn | None:
+def _end(condition: Any, turn_id: uuid.UUID, outcome: Outcome, *, blocks: list[Block], end_seq: int) -> Turn | None:
     """Make the turn terminal if ``condition`` still finds it; everything that goes with it."""
     turn = Turn.objects.only("reply_id", "conversation_id").filter(pk=turn_id).first()
     if turn is None:

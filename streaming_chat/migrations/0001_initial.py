@@ -5,6 +5,7 @@ import django.db.models.functions.datetime
 import uuid_utils.compat
 from django.conf import settings
 from django.db import migrations, models
+from django.db.backends.base.schema import BaseDatabaseSchemaEditor
 
 
 SEARCH_CHARS = 100_000
@@ -17,7 +18,7 @@ ADD COLUMN search tsvector GENERATED ALWAYS AS (to_tsvector('simple', left(text,
 SEARCH_INDEX = "CREATE INDEX message_search ON streaming_chat_message USING gin (search)"
 
 
-def add_search_column(apps, schema_editor):
+def add_search_column(apps: object, schema_editor: BaseDatabaseSchemaEditor) -> None:
     """Add the full-text column where the database has one.
 
     In the first migration, because adding it later rewrites the table under an exclusive lock.
@@ -27,7 +28,7 @@ def add_search_column(apps, schema_editor):
         schema_editor.execute(SEARCH_INDEX)
 
 
-def drop_search_column(apps, schema_editor):
+def drop_search_column(apps: object, schema_editor: BaseDatabaseSchemaEditor) -> None:
     """Undo :func:`add_search_column`."""
     if schema_editor.connection.vendor == "postgresql":
         schema_editor.execute("ALTER TABLE streaming_chat_message DROP COLUMN search")

@@ -80,9 +80,7 @@ class Participant(models.Model):
         verbose_name_plural = _("participants")
         constraints = [
             models.UniqueConstraint(fields=["conversation", "user"], name="participant_once"),
-            models.CheckConstraint(
-                condition=Q(role__in=["owner", "editor", "viewer"]), name="participant_role_known"
-            ),
+            models.CheckConstraint(condition=Q(role__in=["owner", "editor", "viewer"]), name="participant_role_known"),
         ]
 
     def __str__(self) -> str:
@@ -140,6 +138,9 @@ class Message(models.Model):
     created_at = models.DateTimeField(_("created"), db_default=Now(), editable=False)
 
     objects = MessageQuerySet.as_manager()
+
+    if TYPE_CHECKING:
+        steps: int
 
     class Meta:
         verbose_name = _("message")

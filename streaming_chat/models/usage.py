@@ -29,9 +29,7 @@ class UsageRecord(models.Model):
 
     id = models.UUIDField(primary_key=True, default=uuid7, editable=False)
     turn = models.ForeignKey(Turn, models.SET_NULL, null=True, blank=True, related_name="usage_records")
-    conversation = models.ForeignKey(
-        Conversation, models.SET_NULL, null=True, blank=True, related_name="usage_records"
-    )
+    conversation = models.ForeignKey(Conversation, models.SET_NULL, null=True, blank=True, related_name="usage_records")
     user = models.ForeignKey(
         settings.AUTH_USER_MODEL, models.SET_NULL, null=True, blank=True, related_name="chat_usage_records"
     )

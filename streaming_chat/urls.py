@@ -1,0 +1,21 @@
+"""Everything under the prefix that the host chooses: ``path("chat/", include("streaming_chat.urls"))``."""
+
+from __future__ import annotations
+
+from django.http import HttpRequest, HttpResponse
+from django.urls import path
+
+from .api import api
+
+
+def socket(request: HttpRequest, conversation_id: object) -> HttpResponse:
+    """The chat's WebSocket, asked for over plain HTTP: the server is not ASGI, or a proxy drops the upgrade."""
+    return HttpResponse(status=426, headers={"Upgrade": "websocket", "Connection": "Upgrade"})
+
+
+app_name = "streaming_chat"
+
+urlpatterns = [
+    path("api/", api.urls),
+    path("conversations/<uuid:conversation_id>/socket/", socket, name="socket"),
+]
