@@ -26,8 +26,10 @@ def with_streaming_chat(application: Application) -> Application:
     """
     from django.core.handlers.asgi import ASGIHandler  # noqa: PLC0415
 
+    from .providers import provider_class  # noqa: PLC0415
     from .routing import chat_socket, socket_arguments  # noqa: PLC0415
 
+    provider_class()  # Importing the SDK takes a second, which the first turn should not pay.
     _hook_daphne()
 
     async def chat_application(scope: Any, receive: Any, send: Any) -> None:

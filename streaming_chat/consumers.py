@@ -20,7 +20,7 @@ from . import limits, protocol, turns
 from .conf import get_settings
 from .exceptions import ChatError, InvalidInputError, RateLimitedError, SignedOutError
 from .generation.runner import get_runner
-from .hub import ConversationViewer, Sent, get_hub
+from .hub import CLOSED, ConversationViewer, Sent, get_hub
 from .protocol import Ack, Command, Cursor, Ping, Regenerate, Resume, Send, Stop
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CLOSE_SIGNED_OUT: Final = 4401
 CLOSE_NOT_FOUND: Final = 4404
+CLOSE_TOO_SLOW: Final = 4008
 CLOSE_TOO_MANY: Final = 4429
 CLOSE_POLICY: Final = 1008
 CLOSE_RESTART: Final = 1012
@@ -46,8 +47,8 @@ class ChatConsumer(AsyncWebsocketConsumer):
 
     Sends a ``snapshot``, or with ``?after=<cursor>`` what came since, and then every event; takes the commands of
     :mod:`streaming_chat.protocol`. A command that can't be carried out is answered with ``error`` and the socket stays
-    open. It closes with 4401 (signed out), 4404 (no such conversation for this user), 4429 (too many sockets), 1008
-    (too many commands) and 1012 (restart: come back).
+    open. It closes with 4401 (signed out), 4404 (no such conversation for this user), 4008 (takes nothing for minutes),
+    4429 (too many sockets), 1008 (too many commands) and 1012 (restart: come back).
     """
 
     channel_layer_alias = "-"  # No layer per socket: the hub has one channel for the whole process.
@@ -58,6 +59,7 @@ class ChatConsumer(AsyncWebsocketConsumer):
         """Serve the socket. Whatever ends it, the viewer is detached: some servers skip the disconnect message."""
         self._viewer: ConversationViewer | None = None
         self._held = ExitStack()
+        self._gone = False
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -183,9 +185,14 @@ class ChatConsumer(AsyncWebsocketConsumer):
             raise SignedOutError
 
     async def _show(self, sent: Sent) -> None:
-        if sent.json:
+        if sent is CLOSED:
+            # Dropped for taking nothing, or because the process ends; after a disconnect nobody is told.
+            if not self._gone:
+                await self.close(CLOSE_RESTART if get_runner().draining else CLOSE_TOO_SLOW)
+        elif sent.json:
             await self.send(text_data=sent.json)
         if sent.kind == "deleted":
+            self._gone = True
             await self.close(CLOSE_NOT_FOUND)
 
     async def _accepted(self, command: Command, started: turns.StartedTurn | None = None) -> None:
@@ -206,6 +213,7 @@ class ChatConsumer(AsyncWebsocketConsumer):
         await self.send(text_data=protocol.encode(event))
 
     def _release(self) -> None:
+        self._gone = True
         if self._viewer is not None:
             self._viewer.close()
         self._held.close()

@@ -54,10 +54,10 @@ class _Threads:
                 cursor.execute(f"SET lock_timeout = {LOCK_TIMEOUT_MS}")
         try:
             return work()
-        except (OperationalError, InterfaceError):
+        except (OperationalError, InterfaceError) as error:
             # A connection that the server has closed stays broken until it is closed here, too.
             connection.close()
-            raise
+            raise OperationalError(*error.args) from error
 
     def close(self) -> None:
         with self._lock:

@@ -56,6 +56,7 @@ class Sent:
 
 
 HEARTBEAT: Final = Sent("heartbeat", "")
+CLOSED: Final = Sent("closed", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,12 +371,13 @@ class Hub:
         return TurnViewer(self, conversation_id, turn_id)
 
     def pump(self, viewer: Viewer, send: Callable[[Sent], Awaitable[None]]) -> asyncio.Task[None]:
-        """Send all the viewer's events in a task of the hub's; it ends when the viewer is closed or sending fails."""
+        """Send all the viewer's events in a task of the hub's, and :data:`CLOSED` when there will be no more."""
 
         async def run() -> None:
             try:
                 async for sent in viewer.events():
                     await send(sent)
+                await send(CLOSED)
             except Exception as error:  # noqa: BLE001 - servers raise their own kinds when a socket is gone
                 logger.info("a viewer's connection failed: %s", type(error).__name__)
             finally:

@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol
 
 import orjson
 from channels.layers import get_channel_layer
-from django.db import DatabaseError, transaction
+from django.db import transaction
 from django.db.models import Max
 from django.db.models.functions import Now
 
@@ -101,6 +101,7 @@ class Writer:
         self._entry: JournalEntry | None = None
         self._first_text = False
         self._entry_has_first_text = False
+        self._ending = False
         self._renewed_at = 0.0
 
     def notify(self, *, text: bool) -> None:
@@ -122,6 +123,10 @@ class Writer:
             self._journal._mark_dirty(self, urgent=True)
             await self._journal.round()
         return not self.fenced
+
+    def end(self) -> None:
+        """Say that the owner is about to end the turn: finding the lease gone is then no surprise."""
+        self._ending = True
 
     def close(self) -> None:
         """Stop renewing the lease. Nothing may be written afterwards."""
@@ -166,6 +171,8 @@ class Writer:
         if not self.fenced:
             self.fenced = True
             self._entry = None
+            if self._ending:
+                return
             logger.warning("turn %s: fenced, another process has settled or taken it", self.lease.turn_id)
             self._on_fenced()
 
@@ -254,7 +261,7 @@ class Journal:
             tick_at = time.monotonic() + get_settings().tick_seconds
             try:
                 await self._flush()
-            except DatabaseError as error:
+            except Exception as error:  # noqa: BLE001 - every turn of the process depends on this loop
                 logger.warning("journal commit failed: %s", type(error).__name__)
                 await asyncio.sleep(BACKOFF_SECONDS)
             finally:
@@ -269,12 +276,12 @@ class Journal:
         due = [w for w in self._writers.values() if w.lease.token not in dirty and now - w._renewed_at >= RENEW_SECONDS]
         try:
             await self._commit([*batch, *due])
-        except DatabaseError:
+        except Exception:
             # One locked row or one bad entry must not hold up everybody else's text.
             for writer in batch:
                 try:
                     await self._commit([writer])
-                except DatabaseError:
+                except Exception:  # noqa: BLE001
                     self._dirty[writer.lease.token] = writer
                     self._work.set()
                     writer._check_stall(time.monotonic())

@@ -38,7 +38,8 @@ class Slots:
             if holding:
                 holding = False
                 self._held[key] -= 1
-                self._held += Counter()  # drops what is zero
+                if not self._held[key]:
+                    del self._held[key]
 
         try:
             yield release

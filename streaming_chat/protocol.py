@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, NotRequired, TypeAlias, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import TypedDict
 
 from .blocks import Block, Op
@@ -121,10 +121,14 @@ class Snapshot(TypedDict):
 
 
 class TurnEvent(TypedDict):
-    """A turn was accepted. ``messages`` are new; they follow their parent and replace what followed it before."""
+    """A turn was accepted. ``messages`` are new; they follow their parent and replace what followed it before.
+
+    ``title`` is the conversation's, which its first prompt may have given it.
+    """
 
     type: Literal["turn"]
     revision: int
+    title: str
     turn: TurnForm
     messages: list[MessageForm]
 
@@ -307,7 +311,7 @@ class Ack(_Command):
 
     type: Literal["ack"]
     turn_id: uuid.UUID
-    seq: Annotated[int, Field(ge=0)]
+    seq: Annotated[int, Field(ge=0, strict=True)]
 
 
 class Ping(_Command):
@@ -348,7 +352,7 @@ def validate(shape: type[Shape], document: dict[str, Any]) -> Shape:
         InvalidInputError: ``bad_field`` with the path of the first field that does not fit.
     """
     try:
-        return TypeAdapter(shape).validate_python(document)
+        return shape.model_validate(document)
     except ValidationError as error:
         path = ".".join(str(part) for part in error.errors(include_url=False, include_input=False)[0]["loc"])
         raise InvalidInputError("bad_field", field=path) from None

@@ -255,6 +255,7 @@ def turn_frame(turn: Turn, messages: Sequence[Message]) -> Frame:
     event: protocol.TurnEvent = {
         "type": "turn",
         "revision": turn.conversation.revision,
+        "title": turn.conversation.title,
         "turn": turn_form(turn),
         "messages": forms,
     }

@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 import orjson
 from django.db import transaction
 from django.db.models.functions import Now
+from pydantic import ValidationError
 from uuid_utils.compat import uuid7
 
 from . import protocol, snapshot
-from .blocks import Block, BlockFold, TextReader, text_block
+from .blocks import Block, BlockFold, TextReader, storable, text_block
 from .conf import get_settings
 from .database import in_database
 from .exceptions import BusyError, ConflictError, DrainingError, ForbiddenError, InvalidInputError, NotFoundError
 from .generation import lease
-from .generation.context import OPTION_KEYS
+from .generation.context import Options
 from .generation.runner import get_runner
 from .hub import TurnViewer, get_hub
 from .journal import get_journal
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .snapshot import AnyUser
 
 TITLE_CHARS: Final = 60
+MODEL_CHARS: Final = 100
 STOP_WAIT_SECONDS: Final = 2.0
 STOP_POLL_SECONDS: Final = 0.02
 TIMEOUT_GRACE_SECONDS: Final = 2.0
@@ -82,15 +84,20 @@ async def create_conversation(
     """
     if not user.is_authenticated:
         raise ForbiddenError
-    unknown = set(options or {}) - OPTION_KEYS
-    if unknown:
-        raise InvalidInputError("bad_field", field=f"options.{min(unknown)}")
+    try:
+        Options.model_validate(options or {})
+    except ValidationError as error:
+        raise InvalidInputError("bad_field", field=f"options.{error.errors()[0]['loc'][0]}") from None
+    if system_prompt:
+        system_prompt = protocol.clean_text(system_prompt, max_chars=get_settings().message_max_chars)
+    if len(model) > MODEL_CHARS or not model.isprintable():
+        raise InvalidInputError("bad_field", field="model")
     conversation = Conversation(
         owner_id=user.pk,
         title=_clean_title(title),
         system_prompt=system_prompt,
         model=model,
-        options=options or {},
+        options=storable(options or {}),
     )
     await in_database(_insert, conversation)
     return conversation
@@ -157,6 +164,8 @@ async def start_turn(
     """
     text = protocol.clean_text(text, max_chars=get_settings().message_max_chars)
     _check_client_id(client_id)
+    if timeout_seconds is not None and not 0 < timeout_seconds < float("inf"):
+        raise InvalidInputError("bad_field", field="timeout_seconds")
     ids = (uuid7(), uuid7(), uuid7())
     return await _accept(_accept_prompt, user, conversation_id, ids, text, client_id, parent_id, timeout_seconds)
 

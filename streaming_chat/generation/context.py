@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Annotated, Any
 
 from django.utils.crypto import salted_hmac
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..blocks import Block
 from ..conf import ChatSettings, get_settings
 from ..models import Conversation, Message, Turn
 from ..providers.base import ProviderMessage, ProviderRequest
 
-OPTION_KEYS: Final = frozenset(
-    {"max_tokens", "thinking", "effort", "stop_sequences", "send_user_id", "prompt_caching", "stream"}
-)
-"""What ``Conversation.options`` may override."""
+
+class Options(BaseModel):
+    """What ``Conversation.options`` may hold; what it leaves out is the site's setting of the same name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_tokens: Annotated[int, Field(ge=1)] = 1
+    thinking: dict[str, Any] | None = None
+    effort: str | None = None
+    stop_sequences: tuple[str, ...] = ()
+    send_user_id: bool = False
+    prompt_caching: bool = True
+    stream: bool = True
 
 
 def build_request(turn_id: uuid.UUID) -> ProviderRequest:
@@ -27,8 +37,8 @@ def build_request(turn_id: uuid.UUID) -> ProviderRequest:
     """
     turn = Turn.objects.select_related("conversation").get(pk=turn_id)
     conversation, site = turn.conversation, get_settings()
-    chosen: dict[str, Any] = {key: getattr(site, key) for key in OPTION_KEYS}
-    chosen |= {key: value for key, value in conversation.options.items() if key in OPTION_KEYS}
+    chosen: dict[str, Any] = {key: getattr(site, key) for key in Options.model_fields}
+    chosen |= Options.model_validate(conversation.options).model_dump(exclude_unset=True)
     return ProviderRequest(
         model=model_of(conversation, site),
         messages=history(turn),

@@ -155,6 +155,7 @@ class Generation:
         try:
             async with asyncio.timeout(FINISH_SECONDS):
                 owned = await self._writer.flush()
+                self._writer.end()
                 turn = await self._store_end()
         except (DatabaseError, TimeoutError) as error:
             logger.error("turn %s: could not be ended (%s); recovery will", self.turn_id, type(error).__name__)

@@ -246,7 +246,7 @@ def _settle(turn: Turn) -> Turn | None:
                 request_id=record.request_id,
                 error_code="owner_lost",
                 sent_chars=sent,
-                received_chars=len(ops),
+                received_chars=sum(len(str(block.get("text", block))) for block in blocks),
             )
         )
     return _end(_mine(turn), turn.pk, outcome, blocks=blocks, end_seq=end_seq)

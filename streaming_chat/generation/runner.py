@@ -6,7 +6,6 @@ Only this module and the hub create tasks. Each has a name, a strong reference a
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import logging
 import random
@@ -129,9 +128,13 @@ class Runner:
         while True:
             await asyncio.sleep(CLAIM_SECONDS)
             if self._free() > 0:
-                with contextlib.suppress(DatabaseError):
-                    for turn_id in await in_database(lease.waiting_turns, self._free(), age_seconds=CLAIM_SECONDS):
-                        self.nudge(turn_id)
+                try:
+                    waiting = await in_database(lease.waiting_turns, self._free(), age_seconds=CLAIM_SECONDS)
+                except DatabaseError as error:
+                    logger.warning("the queue can't be read: %s", type(error).__name__)
+                    continue
+                for turn_id in waiting:
+                    self.nudge(turn_id)
 
     async def _sweep(self) -> None:
         swept_at = asyncio.get_running_loop().time()
@@ -141,8 +144,8 @@ class Runner:
                 if asyncio.get_running_loop().time() - swept_at > RETENTION_SECONDS:
                     await in_database(lease.sweep_entries, get_settings().journal_keep_seconds)
                     swept_at = asyncio.get_running_loop().time()
-            except DatabaseError as error:
-                logger.warning("recovery failed: %s", type(error).__name__)
+            except Exception as error:  # noqa: BLE001 - one turn that can't be settled must not keep all others waiting
+                logger.error("recovery failed: %s", type(error).__name__)
             await asyncio.sleep(get_settings().sweep_seconds * random.uniform(0.8, 1.2))  # noqa: S311
 
     async def recover(self) -> int:
