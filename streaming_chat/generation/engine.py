@@ -286,8 +286,13 @@ class Generation:
 
 def _outcome_of(ended: Ended) -> Outcome:
     if ended.stop_reason == "tool_use":
-        return Outcome(status=Turn.Status.FAILED, error_code="unknown_tool", stop_reason=ended.stop_reason)
-    return Outcome(status=Turn.Status.COMPLETED, stop_reason=ended.stop_reason)
+        return Outcome(
+            status=Turn.Status.FAILED,
+            error_code="unknown_tool",
+            stop_reason=ended.stop_reason,
+            stop_details=ended.details,
+        )
+    return Outcome(status=Turn.Status.COMPLETED, stop_reason=ended.stop_reason, stop_details=ended.details)
 
 
 def _activity(block_type: str) -> str:

@@ -66,6 +66,7 @@ class Outcome:
     status: Turn.Status
     error_code: str = ""
     stop_reason: str = ""
+    stop_details: dict[str, Any] = field(default_factory=dict)
 
 
 def claim(turn_id: uuid.UUID, token: uuid.UUID, lease_seconds: float) -> Claim | None:
@@ -273,6 +274,7 @@ def _end(condition: Any, turn_id: uuid.UUID, outcome: Outcome, *, blocks: list[B
         status=outcome.status,
         error_code=outcome.error_code,
         stop_reason=outcome.stop_reason[:50],
+        stop_details=outcome.stop_details,
         end_seq=end_seq,
         lease_token=None,
         lease_expires_at=None,

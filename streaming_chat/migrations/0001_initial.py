@@ -110,6 +110,7 @@ class Migration(migrations.Migration):
                 ('stop_requested_at', models.DateTimeField(editable=False, null=True, verbose_name='stop requested')),
                 ('timeout_seconds', models.FloatField(editable=False, null=True, verbose_name='timeout (s)')),
                 ('stop_reason', models.CharField(blank=True, max_length=50, verbose_name='stop reason')),
+                ('stop_details', models.JSONField(blank=True, default=dict, verbose_name='stop details')),
                 ('error_code', models.CharField(blank=True, max_length=50, verbose_name='error')),
                 ('provider', models.CharField(blank=True, max_length=50, verbose_name='provider')),
                 ('model', models.CharField(blank=True, max_length=100, verbose_name='model')),

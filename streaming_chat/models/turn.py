@@ -62,6 +62,8 @@ class Turn(models.Model):
     """Asked for by the caller; null means the site's own limit."""
     stop_reason = models.CharField(_("stop reason"), max_length=50, blank=True)
     """The provider's word for why it ended, such as ``end_turn`` or ``max_tokens``."""
+    stop_details = models.JSONField(_("stop details"), default=dict, blank=True)
+    """Whatever the provider said beside the reason, such as the category of a refusal."""
     error_code = models.CharField(_("error"), max_length=50, blank=True)
     """A key of :data:`streaming_chat.exceptions.TURN_ERRORS`; empty if all went well."""
     provider = models.CharField(_("provider"), max_length=50, blank=True)
