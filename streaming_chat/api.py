@@ -184,6 +184,7 @@ api = NinjaAPI(
     version=str(protocol.PROTOCOL_VERSION),
     description="Conversations whose replies stream. See the documentation of the events for the rest.",
     urls_namespace="streaming_chat_api",
+    docs_url=None,  # its page loads scripts from elsewhere
     auth=signed_in,
     parser=StrictParser(),
 )

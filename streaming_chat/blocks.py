@@ -99,17 +99,16 @@ class BlockFold:
         if op["op"] == "append":
             parts = self._parts[op["index"]]
             if op["field"] not in parts:
-                existing = block.get(op["field"]) or ""
+                existing = "" if block.get(op["field"]) is None else block[op["field"]]
                 if not isinstance(existing, str):
                     raise BlockError(f"{op['field']} is not text")
                 parts[op["field"]] = [existing]
             parts[op["field"]].append(op["text"])
         elif op["op"] == "push":
-            items = block.get(op["field"]) or []
-            if not isinstance(items, list):
+            items = [] if block.get(op["field"]) is None else block[op["field"]]
+            if not isinstance(items, list) or op["field"] in self._parts[op["index"]]:
                 raise BlockError(f"{op['field']} is not a list")
-            if not items:
-                block[op["field"]] = items = []
+            block[op["field"]] = items
             items.append(op["value"])
         else:
             for field, value in op["fields"].items():
@@ -117,7 +116,7 @@ class BlockFold:
                 if value is None:
                     block.pop(field, None)
                 else:
-                    block[field] = value
+                    block[field] = list(value) if isinstance(value, list) else value  # `push` grows it in place
 
     def blocks(self) -> list[Block]:
         """The blocks so far, as a new list that later operations do not change."""
@@ -160,14 +159,13 @@ def text_of(blocks: Iterable[Block]) -> str:
     between them make a paragraph.
     """
     pieces: list[str] = []
-    after_text = False
+    paragraph_ended = False
     for block in blocks:
-        is_text = block.get("type") == "text" and isinstance(block.get("text"), str)
-        if is_text and block["text"]:
-            if pieces and not after_text:
-                pieces.append("\n\n")
-            pieces.append(block["text"])
-        after_text = is_text
+        if block.get("type") != "text":
+            paragraph_ended = bool(pieces)
+        elif block.get("text"):
+            pieces.append("\n\n" + block["text"] if paragraph_ended else block["text"])
+            paragraph_ended = False
     return "".join(pieces)
 
 

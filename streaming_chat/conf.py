@@ -150,7 +150,8 @@ def _check_value(key: str, annotation: str, value: Any) -> None:
         return
     if not isinstance(value, plain[annotation]) or (annotation != "bool" and isinstance(value, bool)):
         raise ImproperlyConfigured(f"STREAMING_CHAT[{key!r}] must be {annotation}, not {type(value).__name__}")
-    if isinstance(value, int | float) and annotation != "bool" and value < (0 if key == "PROVIDER_RETRIES" else 1e-3):
+    least = 0 if key == "PROVIDER_RETRIES" else 1e-3
+    if isinstance(value, int | float) and annotation != "bool" and not value >= least:  # nor is NaN
         raise ImproperlyConfigured(f"STREAMING_CHAT[{key!r}] must be greater than zero")
 
 

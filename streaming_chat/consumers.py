@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
 from contextlib import ExitStack
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, cast
+from urllib.parse import parse_qsl
 
 from channels.auth import get_user
 from channels.generic.websocket import AsyncWebsocketConsumer
 from django.conf import settings as django_settings
 from django.db import DatabaseError
-from django.http import QueryDict
 from django.utils.translation import gettext
 
 from . import limits, protocol, turns
@@ -38,6 +39,8 @@ STRIKES: Final = 20
 """Commands refused for their rate before the socket is closed."""
 FREE_COMMANDS_FACTOR: Final = 10
 """Acknowledgements and pings have a limit of their own, so many times that of commands."""
+RETURN_SECONDS: Final = 5.0
+"""Over how long browsers spread their return after a restart."""
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,11 @@ class ChatConsumer(AsyncWebsocketConsumer):
         self._gone = False
         try:
             await super().__call__(scope, receive, send)
+        except asyncio.CancelledError:
+            if get_runner().draining:  # the server stops; without a word, a browser would see a lost network
+                await self._send({"type": "reconnect", "within_seconds": RETURN_SECONDS})
+                await self.close(CLOSE_RESTART)
+            raise
         finally:
             self._release()
 
@@ -93,8 +101,9 @@ class ChatConsumer(AsyncWebsocketConsumer):
         self._commands = limits.Rate(settings.commands_per_minute, now=now)
         self._free_commands = limits.Rate(settings.commands_per_minute * FREE_COMMANDS_FACTOR, now=now)
         self._strikes = 0
-        after = QueryDict(self.scope.get("query_string", b"")).get("after")
-        self._viewer = get_hub().watch(self._conversation_id, self._user, Cursor.parse(str(after)))
+        query = dict(parse_qsl(self.scope.get("query_string", b"").decode("latin-1")))
+        after = Cursor.parse(query.get("after", ""))
+        self._viewer = get_hub().watch(self._conversation_id, self._user, after)
         self._viewer.needs_acks = True
         get_hub().pump(self._viewer, self._show)
         return None
@@ -109,25 +118,30 @@ class ChatConsumer(AsyncWebsocketConsumer):
 
     async def receive(self, text_data: str | None = None, bytes_data: bytes | None = None) -> None:
         """Carry out one command, or answer why not."""
-        if self._viewer is None:
+        if self._viewer is None or self._gone:
             return
         ref: str | None = None
+        rate = self._commands  # what makes no sense counts like a command
         try:
-            if text_data is None:
-                raise InvalidInputError("binary_unsupported")
-            command = protocol.parse_command(text_data)
-            ref = command.ref
-            free = isinstance(command, Ack | Ping)
-            (self._free_commands if free else self._commands).take()
+            try:
+                if text_data is None:
+                    raise InvalidInputError("binary_unsupported")
+                document = protocol.load_json(text_data)
+                ref = protocol.ref_of(document)
+                command = protocol.command_of(document)
+                if isinstance(command, Ack | Ping):
+                    rate = self._free_commands
+            finally:
+                rate.take()
             await self._carry_out(command)
         except RateLimitedError as error:
             await self._problem(error, ref)
             self._strikes += 1
             if self._strikes >= STRIKES:
-                await self.close(CLOSE_POLICY)
+                await self._end(CLOSE_POLICY)
         except SignedOutError as error:
             await self._problem(error, ref)
-            await self.close(CLOSE_SIGNED_OUT)
+            await self._end(CLOSE_SIGNED_OUT)
         except ChatError as error:
             await self._problem(error, ref)
         except DatabaseError as error:
@@ -188,12 +202,16 @@ class ChatConsumer(AsyncWebsocketConsumer):
         if sent is CLOSED:
             # Dropped for taking nothing, or because the process ends; after a disconnect nobody is told.
             if not self._gone:
-                await self.close(CLOSE_RESTART if get_runner().draining else CLOSE_TOO_SLOW)
+                await self._end(CLOSE_RESTART if get_runner().draining else CLOSE_TOO_SLOW)
         elif sent.json:
             await self.send(text_data=sent.json)
         if sent.kind == "deleted":
-            self._gone = True
-            await self.close(CLOSE_NOT_FOUND)
+            await self._end(CLOSE_NOT_FOUND)
+
+    async def _end(self, code: int) -> None:
+        """Close the socket. What is still on its way, in either direction, is dropped."""
+        self._detach()
+        await self.close(code)
 
     async def _accepted(self, command: Command, started: turns.StartedTurn | None = None) -> None:
         await self._send(
@@ -212,8 +230,11 @@ class ChatConsumer(AsyncWebsocketConsumer):
     async def _send(self, event: protocol.Event) -> None:
         await self.send(text_data=protocol.encode(event))
 
-    def _release(self) -> None:
+    def _detach(self) -> None:
         self._gone = True
         if self._viewer is not None:
             self._viewer.close()
+
+    def _release(self) -> None:
+        self._detach()
         self._held.close()

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, ParamSpec, TypeVar
 
-from django.db import DEFAULT_DB_ALIAS, InterfaceError, OperationalError, connections
+from django.db import DEFAULT_DB_ALIAS, DatabaseError, InterfaceError, OperationalError, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 P = ParamSpec("P")
@@ -24,8 +24,6 @@ T = TypeVar("T")
 
 WORK_THREADS: Final = 4
 WORK_ATTEMPTS: Final = 3
-LOCK_TIMEOUT_MS: Final = 3_000
-"""How long a statement waits for a row that somebody else holds, where the database can say."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +31,9 @@ logger = logging.getLogger(__name__)
 class _Threads:
     """An executor whose threads keep their connection open, as the application's own would not outlive a request."""
 
-    def __init__(self, size: int, name: str) -> None:
+    def __init__(self, size: int, name: str, *, attempts: int, lock_timeout_ms: int) -> None:
         self._size, self._name = size, name
+        self._attempts, self._lock_timeout_ms = attempts, lock_timeout_ms
         self._executor: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._connections: dict[int, BaseDatabaseWrapper] = {}
@@ -49,15 +48,19 @@ class _Threads:
     def _call(self, work: Callable[[], T]) -> T:
         connection = connections[DEFAULT_DB_ALIAS]
         self._connections[threading.get_ident()] = connection
-        if connection.connection is None and connection.vendor == "postgresql":
-            with connection.cursor() as cursor:
-                cursor.execute(f"SET lock_timeout = {LOCK_TIMEOUT_MS}")
-        try:
-            return work()
-        except (OperationalError, InterfaceError) as error:
-            # A connection that the server has closed stays broken until it is closed here, too.
-            connection.close()
-            raise OperationalError(*error.args) from error
+        for attempt in range(1, self._attempts + 1):
+            try:
+                if connection.connection is None:
+                    _set_lock_timeout(connection, self._lock_timeout_ms)
+                return work()
+            except (OperationalError, InterfaceError) as error:
+                # A connection that the server has closed stays broken until it is closed here, too.
+                _give_back(connection)
+                if attempt == self._attempts:
+                    raise OperationalError(*error.args) from error
+                logger.warning("database work failed (%s), attempt %s", type(error).__name__, attempt)
+                time.sleep(random.uniform(0.5, 1.0) * 0.05 * 2**attempt)  # noqa: S311
+        raise AssertionError("unreachable")
 
     def close(self) -> None:
         with self._lock:
@@ -66,12 +69,30 @@ class _Threads:
             executor.shutdown(wait=True)
         for connection in self._connections.values():
             connection.inc_thread_sharing()
-            connection.close()
+            _give_back(connection)
         self._connections.clear()
 
 
-_journal = _Threads(1, "streaming_chat-journal")
-_work = _Threads(WORK_THREADS, "streaming_chat-database")
+_journal = _Threads(1, "streaming_chat-journal", attempts=1, lock_timeout_ms=500)
+_work = _Threads(WORK_THREADS, "streaming_chat-database", attempts=WORK_ATTEMPTS, lock_timeout_ms=3_000)
+
+
+def _set_lock_timeout(connection: BaseDatabaseWrapper, milliseconds: int | None) -> None:
+    """Bound the wait for a row that somebody else holds, where the database can; None for its own setting."""
+    if connection.vendor == "postgresql":
+        with connection.cursor() as cursor:
+            cursor.execute("RESET lock_timeout" if milliseconds is None else f"SET lock_timeout = {milliseconds}")
+
+
+def _give_back(connection: BaseDatabaseWrapper) -> None:
+    """Close the connection; one that goes back to a pool, without our setting."""
+    try:
+        if connection.connection is not None and connection.is_usable():
+            _set_lock_timeout(connection, None)
+    except (DatabaseError, InterfaceError):
+        pass
+    finally:
+        connection.close()
 
 
 async def in_journal_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -93,20 +114,7 @@ async def in_database(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -
     Raises:
         OperationalError: The database is still not there.
     """
-    return await _work.submit(lambda: _persist(lambda: work(*args, **kwargs)))
-
-
-def _persist(work: Callable[[], T]) -> T:
-    for attempt in range(1, WORK_ATTEMPTS + 1):
-        try:
-            return work()
-        except (OperationalError, InterfaceError) as error:
-            connections[DEFAULT_DB_ALIAS].close()
-            if attempt == WORK_ATTEMPTS:
-                raise
-            logger.warning("database work failed (%s), attempt %s", type(error).__name__, attempt)
-            time.sleep(random.uniform(0.5, 1.0) * 0.05 * 2**attempt)  # noqa: S311
-    raise AssertionError("unreachable")
+    return await _work.submit(lambda: work(*args, **kwargs))
 
 
 def close_threads() -> None:

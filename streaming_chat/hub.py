@@ -40,6 +40,8 @@ REJOIN_SECONDS: Final = 30.0
 ABANDONED_SECONDS: Final = 120.0
 """A viewer that takes nothing for this long although there is something is dropped."""
 READ_RETRY_SECONDS: Final = 0.5
+ACCESS_SECONDS: Final = 60.0
+"""How often a viewer's rights are looked at if nothing else makes it read."""
 QUIET_SECONDS: Final = 1.0
 """Silence after which a viewer's position is compared with the database."""
 
@@ -86,7 +88,7 @@ class Viewer(abc.ABC):
         self._active = False
         self._activity = "waiting"
         self._turn_began_at = 0.0
-        self._quiet_since = time.monotonic()
+        self._quiet_since = self._fed_at = self._checked_at = time.monotonic()
         self._waiting = False
         self._progress_due = False
         self._heartbeat_due = False
@@ -120,7 +122,8 @@ class Viewer(abc.ABC):
 
     def acknowledge(self, turn: str, seq: int) -> None:
         """Note that the viewer has shown everything up to entry ``seq`` of ``turn``."""
-        while self._unacked and (self._unacked[0][0] != turn or self._unacked[0][1] <= seq):
+        shown = [place for place, sent in enumerate(self._unacked) if sent[0] == turn and sent[1] <= seq]
+        for _ in range(shown[-1] + 1 if shown else 0):  # and whatever was sent before it
             self._unacked_bytes -= self._unacked.popleft()[2]
         if self._has_credit():
             self._arrived.set()
@@ -139,6 +142,9 @@ class Viewer(abc.ABC):
 
     def beat(self, now: float) -> None:
         """Note once a second that a silent turn or connection is alive, or that nobody takes anything any more."""
+        if now - self._checked_at >= ACCESS_SECONDS:
+            self._checked_at = now
+            self.reread()
         stuck = not self._waiting and (self._frames or self._stale) and self._has_credit()
         if stuck and now - self._quiet_since > ABANDONED_SECONDS:
             logger.warning("viewer of conversation %s takes nothing, dropped", self.conversation_id)
@@ -152,7 +158,7 @@ class Viewer(abc.ABC):
 
     def behind(self, position: Position) -> bool:
         """Whether the database is ahead of a viewer that has had nothing to take for a while."""
-        if self._frames or self._stale or time.monotonic() - self._quiet_since < QUIET_SECONDS:
+        if self._frames or self._stale or time.monotonic() - self._fed_at < QUIET_SECONDS:
             return False
         return self._is_behind(position)
 
@@ -233,6 +239,8 @@ class Viewer(abc.ABC):
 
     def _note(self, sent: Sent) -> Sent:
         self._quiet_since = time.monotonic()
+        if sent.kind not in ("progress", "heartbeat"):
+            self._fed_at = self._quiet_since
         if sent.kind == "delta":
             self._progress_due = False
         if self.needs_acks and sent.kind == "delta":
@@ -286,12 +294,16 @@ class ConversationViewer(Viewer):
         return self.cursor.accept(frame)
 
     async def _reread(self) -> list[Sent]:
-        cursor = None if self._fresh else self.cursor
+        before = self.cursor
         try:
-            found = await in_database(snapshot.catch_up, self.conversation_id, self._user, cursor)
+            found = await in_database(
+                snapshot.catch_up, self.conversation_id, self._user, None if self._fresh else before
+            )
         except NotFoundError:
             self._closed = True
             return [Sent("deleted", protocol.encode({"type": "deleted"}))]
+        if self.cursor is not before:  # `resume` came in between, and is read next
+            return []
         self._fresh = False
         here = found.cursor
         self.cursor.jump(revision=here.revision, turn=here.turn, seq=here.seq)

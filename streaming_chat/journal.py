@@ -103,6 +103,7 @@ class Writer:
         self._entry_has_first_text = False
         self._ending = False
         self._renewed_at = 0.0
+        self._apart_until: float | None = None
 
     def notify(self, *, text: bool) -> None:
         """Say that the source has something. The turn's first ``text`` is committed at once, the rest at the tick."""
@@ -261,9 +262,6 @@ class Journal:
             tick_at = time.monotonic() + get_settings().tick_seconds
             try:
                 await self._flush()
-            except Exception as error:  # noqa: BLE001 - every turn of the process depends on this loop
-                logger.warning("journal commit failed: %s", type(error).__name__)
-                await asyncio.sleep(BACKOFF_SECONDS)
             finally:
                 if self._round is not None:
                     self._round.set_result(None)
@@ -272,21 +270,32 @@ class Journal:
     async def _flush(self) -> None:
         now = time.monotonic()
         dirty, self._dirty = self._dirty, {}
-        batch = [writer for writer in dirty.values() if not writer.fenced]
         due = [w for w in self._writers.values() if w.lease.token not in dirty and now - w._renewed_at >= RENEW_SECONDS]
+        writers = [writer for writer in dirty.values() if not writer.fenced] + due
+        batch = [writer for writer in writers if writer._apart_until is None]
+        apart = [writer for writer in writers if writer._apart_until is not None]
         try:
-            await self._commit([*batch, *due])
-        except Exception:
-            # One locked row or one bad entry must not hold up everybody else's text.
-            for writer in batch:
-                try:
-                    await self._commit([writer])
-                except Exception:  # noqa: BLE001
-                    self._dirty[writer.lease.token] = writer
-                    self._work.set()
-                    writer._check_stall(time.monotonic())
-            if self._dirty:
-                raise
+            await self._commit(batch)
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing may be lost of it
+            logger.warning("journal commit failed: %s", type(error).__name__)
+            apart = writers
+        # One locked row or one bad entry must not hold up everybody else's text: who failed is tried alone, and last.
+        for writer in apart:
+            await self._commit_apart(writer)
+
+    async def _commit_apart(self, writer: Writer) -> None:
+        if writer._apart_until is None or time.monotonic() >= writer._apart_until:
+            try:
+                await self._commit([writer])
+                writer._apart_until = None
+                return
+            except Exception as error:  # noqa: BLE001 - as above
+                logger.warning("turn %s: journal commit failed: %s", writer.lease.turn_id, type(error).__name__)
+                writer._apart_until = time.monotonic() + BACKOFF_SECONDS
+                writer._check_stall(time.monotonic())
+        if writer._waiting_since is not None:
+            self._dirty[writer.lease.token] = writer
+            self._work.set()
 
     async def _commit(self, writers: list[Writer]) -> None:
         entries = [entry for writer in writers if (entry := writer._stage()) is not None]

@@ -336,9 +336,25 @@ def parse_command(frame: str) -> Command:
     """The command in one text frame.
 
     Raises:
-        InvalidInputError: ``too_large``, ``bad_json``, ``bad_type``, ``bad_field`` or ``bad_text``.
+        InvalidInputError: As :func:`load_json` and :func:`command_of`.
     """
-    document = load_json(frame)
+    return command_of(load_json(frame))
+
+
+def ref_of(document: dict[str, Any]) -> str | None:
+    """The ``ref`` of a command, so that one that can't be understood is answered by name, too."""
+    try:
+        return _Command.model_validate({"ref": document.get("ref")}).ref
+    except ValidationError:
+        return None
+
+
+def command_of(document: dict[str, Any]) -> Command:
+    """The command that ``document`` is.
+
+    Raises:
+        InvalidInputError: ``bad_type`` or ``bad_field``.
+    """
     kind = document.get("type")
     if not isinstance(kind, str) or kind not in _COMMANDS:
         raise InvalidInputError("bad_type", field="type")
@@ -349,13 +365,14 @@ def validate(shape: type[Shape], document: dict[str, Any]) -> Shape:
     """``document`` as an instance of ``shape``.
 
     Raises:
-        InvalidInputError: ``bad_field`` with the path of the first field that does not fit.
+        InvalidInputError: ``bad_field`` with the name of the first field that does not fit.
     """
     try:
         return shape.model_validate(document)
     except ValidationError as error:
-        path = ".".join(str(part) for part in error.errors(include_url=False, include_input=False)[0]["loc"])
-        raise InvalidInputError("bad_field", field=path) from None
+        # Shapes are flat; what follows the field's name is pydantic's own name for a kind of value.
+        field = str(error.errors(include_url=False, include_input=False)[0]["loc"][0])
+        raise InvalidInputError("bad_field", field=field) from None
 
 
 def load_json(text: str | bytes) -> dict[str, Any]:

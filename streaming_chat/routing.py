@@ -52,7 +52,9 @@ def origin_allowed(scope: Any) -> bool:
     """Whether the handshake's one ``Origin`` may open sockets here."""
     headers = list(scope.get("headers", ()))
     origins = [value.decode("latin-1") for name, value in headers if name.lower() == b"origin"]
-    request = ASGIRequest({**scope, "type": "http", "method": "GET"}, BytesIO())
+    # Servers call a socket's scheme ws or wss, or leave it out; a page's origin has that of the page.
+    scheme = "https" if scope.get("scheme") in ("wss", "https") else "http"
+    request = ASGIRequest({**scope, "type": "http", "method": "GET", "scheme": scheme}, BytesIO())
     try:
         own = f"{request.scheme}://{request.get_host()}"
     except DisallowedHost:

@@ -140,6 +140,8 @@ def message_forms(messages: Sequence[Message]) -> list[MessageForm]:
         if turn is not None and turn.active:
             seq, ops = journal.read_ops(turn.pk)
             message.blocks = fold(orjson.loads(ops))
+        elif turn is not None and turn.end_seq and not message.blocks:
+            message.refresh_from_db(fields=["blocks"])  # it ended between the two reads
         forms.append(message_form(message, turn, seq=seq))
     return forms
 

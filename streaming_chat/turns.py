@@ -29,6 +29,7 @@ from .database import in_database
 from .exceptions import BusyError, ConflictError, DrainingError, ForbiddenError, InvalidInputError, NotFoundError
 from .generation import lease
 from .generation.context import Options
+from .generation.engine import announce_end
 from .generation.runner import get_runner
 from .hub import TurnViewer, get_hub
 from .journal import get_journal
@@ -205,7 +206,7 @@ async def stop_turn(user: AnyUser, conversation_id: uuid.UUID, turn_id: uuid.UUI
         return None
     ended = await in_database(lease.request_stop, found)
     if ended is not None:
-        await get_journal().publish(conversation_id, snapshot.finished_frame(ended))
+        await announce_end(ended)
         return cast("TurnStatus", ended.status)
     get_journal().wake()
     give_up_at = time.monotonic() + STOP_WAIT_SECONDS
@@ -509,6 +510,8 @@ def _delete(user: AnyUser, conversation_id: uuid.UUID) -> None:
     conversation = _locked(user, conversation_id)
     if snapshot.role_in(conversation, user) != "owner":
         raise ForbiddenError
+    # The journal waits for these rows, or else it would add entries to a turn that is half deleted.
+    list(Turn.objects.select_for_update().filter(conversation=conversation).values_list("pk"))
     conversation.delete()
 
 

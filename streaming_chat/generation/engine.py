@@ -19,7 +19,7 @@ from ..blocks import BlockError, BlockFold, Op
 from ..conf import ChatSettings
 from ..database import in_database
 from ..exceptions import ProviderError
-from ..journal import Journal, Writer
+from ..journal import Journal, Writer, get_journal
 from ..models import Turn
 from ..providers.base import Alive, Began, Ended, Provider, ProviderRequest, UsageSeen
 from . import context, lease
@@ -74,6 +74,12 @@ class Deadlines:
     def next(self) -> tuple[float, str]:
         """The deadline that comes first."""
         return min(self.due())
+
+
+async def announce_end(turn: Turn) -> None:
+    """Tell viewers and the host that ``turn`` has just become terminal."""
+    await get_journal().publish(turn.conversation_id, snapshot.finished_frame(turn))
+    await signals.send(signals.turn_finished, turn_id=turn.pk, status=turn.status)
 
 
 class Generation:
@@ -163,8 +169,7 @@ class Generation:
         finally:
             self._writer.close()
         if turn is not None and owned:
-            await self._journal.publish(self.lease.conversation_id, snapshot.finished_frame(turn))
-            await signals.send(signals.turn_finished, turn_id=turn.pk, status=turn.status)
+            await announce_end(turn)
 
     # ---------------------------------------------------------------- inside
 

@@ -9,6 +9,7 @@ Any number of processes may try; the database decides. All functions block: run 
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 import orjson
-from django.db import transaction
+from django.db import DatabaseError, transaction
 from django.db.models import F
 from django.db.models.functions import Now
 
@@ -31,6 +32,8 @@ MAX_ATTEMPTS: Final = 2
 CHARS_PER_TOKEN: Final = 4
 """For estimates; Anthropic's documentation gives about 3.5 to 4 characters of English text per token."""
 SWEEP_BATCH: Final = 200
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,15 +130,12 @@ def finish(
     Repeating it after an unknown outcome changes nothing more and returns None.
     """
     with transaction.atomic():
+        # The turn first, as recovery does it: two that lock in different orders could wait for each other.
+        mine = Turn.objects.filter(lease_token=lease.token, status=Turn.Status.RUNNING)
+        ended = _end(mine, lease.turn_id, outcome, blocks=list(blocks), end_seq=end_seq)
         for request in requests:
             settle_request(request)
-        return _end(
-            Turn.objects.filter(lease_token=lease.token, status=Turn.Status.RUNNING),
-            lease.turn_id,
-            outcome,
-            blocks=list(blocks),
-            end_seq=end_seq,
-        )
+        return _ended_turn(lease.turn_id) if ended else None
 
 
 def settle_request(request: Request) -> None:
@@ -177,20 +177,23 @@ def settle_expired() -> tuple[list[Turn], list[uuid.UUID]]:
     ended, requeued = [], []
     expired = Turn.objects.filter(status=Turn.Status.RUNNING, lease_expires_at__lt=Now())
     for turn_id, token, conversation_id in expired.values_list("id", "lease_token", "conversation_id")[:SWEEP_BATCH]:
-        with transaction.atomic():
-            _lock(conversation_id)
-            # The lock keeps the owner's last commit out, or waits for it and then finds the lease renewed.
-            turn = expired.select_for_update().filter(pk=turn_id, lease_token=token).first()
-            if turn is None:
-                continue
-            asked = turn.usage_records.exists()
-            if not asked and turn.stop_requested_at is None and turn.attempt < MAX_ATTEMPTS:
-                _mine(turn).update(status=Turn.Status.QUEUED, lease_token=None, lease_expires_at=None, started_at=None)
-                requeued.append(turn.pk)
-                continue
-            result = _settle(turn)
-            if result is not None:
-                ended.append(result)
+        try:
+            with transaction.atomic():
+                _lock(conversation_id)
+                # The lock keeps the owner's last commit out, or waits for it and then finds the lease renewed.
+                turn = expired.select_for_update().filter(pk=turn_id, lease_token=token).first()
+                if turn is None:
+                    continue
+                if _may_run_again(turn):
+                    _mine(turn).update(
+                        status=Turn.Status.QUEUED, lease_token=None, lease_expires_at=None, started_at=None
+                    )
+                    requeued.append(turn.pk)
+                elif _settle(turn):
+                    ended.append(_ended_turn(turn.pk))
+        except (DatabaseError, ValueError) as error:
+            # One that can't be settled must not keep the others waiting.
+            logger.error("turn %s: could not be settled: %s", turn_id, type(error).__name__)
     return ended, requeued
 
 
@@ -202,14 +205,15 @@ def settle_overdue(queue_seconds: float) -> list[Turn]:
 
 def request_stop(turn_id: uuid.UUID) -> Turn | None:
     """Stop a queued turn at once, or flag a running one for its owner; the turn if this ended it."""
-    with transaction.atomic():
-        queued = Turn.objects.filter(pk=turn_id, status=Turn.Status.QUEUED)
-        ended = _end(queued, turn_id, Outcome(status=Turn.Status.STOPPED), blocks=[], end_seq=0)
-    if ended is None:
-        Turn.objects.filter(pk=turn_id, status=Turn.Status.RUNNING, stop_requested_at=None).update(
-            stop_requested_at=Now()
-        )
-    return ended
+    for _ in range(2):  # recovery may queue it again in between, but not twice
+        with transaction.atomic():
+            queued = Turn.objects.filter(pk=turn_id, status=Turn.Status.QUEUED)
+            if _end(queued, turn_id, Outcome(status=Turn.Status.STOPPED), blocks=[], end_seq=0):
+                return _ended_turn(turn_id)
+        running = Turn.objects.filter(pk=turn_id, status=Turn.Status.RUNNING)
+        if running.filter(stop_requested_at=None).update(stop_requested_at=Now()) or running.exists():
+            return None
+    return None
 
 
 def sweep_entries(keep_seconds: float) -> int:
@@ -226,11 +230,16 @@ def _lock(conversation_id: uuid.UUID) -> None:
     list(Conversation.objects.select_for_update(no_key=True).filter(pk=conversation_id).values_list("pk"))
 
 
+def _may_run_again(turn: Turn) -> bool:
+    asked = turn.usage_records.exists()
+    return not asked and turn.stop_requested_at is None and turn.attempt < MAX_ATTEMPTS
+
+
 def _mine(turn: Turn) -> Any:
     return Turn.objects.filter(pk=turn.pk, lease_token=turn.lease_token, status=Turn.Status.RUNNING)
 
 
-def _settle(turn: Turn) -> Turn | None:
+def _settle(turn: Turn) -> bool:
     stopped = turn.stop_requested_at is not None
     outcome = (
         Outcome(status=Turn.Status.STOPPED)
@@ -255,20 +264,16 @@ def _settle(turn: Turn) -> Turn | None:
 
 def _fail_queued(turn_id: uuid.UUID) -> Turn | None:
     with transaction.atomic():
-        return _end(
-            Turn.objects.filter(pk=turn_id, status=Turn.Status.QUEUED),
-            turn_id,
-            Outcome(status=Turn.Status.FAILED, error_code="queue_timeout"),
-            blocks=[],
-            end_seq=0,
-        )
+        queued = Turn.objects.filter(pk=turn_id, status=Turn.Status.QUEUED)
+        outcome = Outcome(status=Turn.Status.FAILED, error_code="queue_timeout")
+        return _ended_turn(turn_id) if _end(queued, turn_id, outcome, blocks=[], end_seq=0) else None
 
 
-def _end(condition: Any, turn_id: uuid.UUID, outcome: Outcome, *, blocks: list[Block], end_seq: int) -> Turn | None:
-    """Make the turn terminal if ``condition`` still finds it; everything that goes with it."""
+def _end(condition: Any, turn_id: uuid.UUID, outcome: Outcome, *, blocks: list[Block], end_seq: int) -> bool:
+    """Make the turn terminal, with everything that goes with it; False if ``condition`` does not find it any more."""
     turn = Turn.objects.only("reply_id", "conversation_id").filter(pk=turn_id).first()
     if turn is None:
-        return None
+        return False
     _lock(turn.conversation_id)
     changed = condition.update(
         status=outcome.status,
@@ -280,8 +285,11 @@ def _end(condition: Any, turn_id: uuid.UUID, outcome: Outcome, *, blocks: list[B
         lease_expires_at=None,
         finished_at=Now(),
     )
-    if not changed:
-        return None
-    Message.objects.filter(pk=turn.reply_id).update(blocks=blocks, text=text_of(blocks))
-    Conversation.objects.filter(pk=turn.conversation_id).touch()
+    if changed:
+        Message.objects.filter(pk=turn.reply_id).update(blocks=blocks, text=text_of(blocks))
+        Conversation.objects.filter(pk=turn.conversation_id).touch()
+    return bool(changed)
+
+
+def _ended_turn(turn_id: uuid.UUID) -> Turn:
     return Turn.objects.timed().select_related("conversation").get(pk=turn_id)

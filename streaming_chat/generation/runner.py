@@ -13,9 +13,9 @@ import uuid
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 
+from django.core.exceptions import ImproperlyConfigured
 from django.db import DatabaseError
 
-from .. import snapshot
 from ..conf import get_settings
 from ..database import in_database
 from ..journal import get_journal
@@ -23,7 +23,7 @@ from ..loops import PerLoop
 from ..models import Turn
 from ..providers import get_provider
 from . import lease
-from .engine import Generation
+from .engine import Generation, announce_end
 from .lease import Outcome
 
 T = TypeVar("T")
@@ -106,15 +106,16 @@ class Runner:
 
     async def _claim_and_run(self, turn_id: uuid.UUID) -> None:
         try:
+            provider = get_provider()
             claim = await in_database(lease.claim, turn_id, uuid.uuid4(), get_settings().lease_seconds)
-        except DatabaseError as error:
+        except (DatabaseError, ImproperlyConfigured) as error:
             logger.warning("turn %s could not be claimed: %s", turn_id, type(error).__name__)
             return
         finally:
             self._claiming -= 1
         if claim is None:
             return
-        generation = Generation(claim, get_journal(), get_provider(), get_settings())
+        generation = Generation(claim, get_journal(), provider, get_settings())
         self._running[turn_id] = generation
         try:
             await generation.run()
@@ -154,7 +155,7 @@ class Runner:
         ended += await in_database(lease.settle_overdue, get_settings().queue_timeout_seconds)
         for turn in ended:
             logger.warning("turn %s: settled as %s (%s)", turn.pk, turn.status, turn.error_code)
-            await get_journal().publish(turn.conversation_id, snapshot.finished_frame(turn))
+            await announce_end(turn)
         for turn_id in requeued:
             self.nudge(turn_id)
         return len(ended)
