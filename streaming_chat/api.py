@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, cast
 from asgiref.sync import sync_to_async
 from django.core.exceptions import RequestDataTooBig
 from django.db import DatabaseError
-from django.db.models import Q
+from django.db.models import DateTimeField, Q, Value
+from django.db.models.functions import Cast
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase, JsonResponse
 from django.utils.translation import gettext
-from ninja import Field, NinjaAPI, Query, Schema
+from ninja import Field, NinjaAPI, Query, Schema, Status
 from ninja.errors import AuthenticationError, HttpError, ValidationError
 from ninja.parser import Parser
 from ninja.utils import check_csrf
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .snapshot import AnyUser
 
 MAX_PAGE: Final = 200
+PRIVATE: Final = "private, no-store"
 UNSAFE: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
 # ------------------------------------------------------------------------------------------------ shapes
@@ -141,6 +143,14 @@ class UnsupportedMediaError(ChatError):
     sentence = "Send JSON, with the content type application/json."
 
 
+class NotAcceptableError(ChatError):
+    """The client wants something else than an event stream."""
+
+    code = "not_acceptable"
+    http_status = 406
+    sentence = "This address answers with an event stream only."
+
+
 class CsrfError(ForbiddenError):
     """The CSRF token is missing or wrong."""
 
@@ -166,10 +176,11 @@ async def signed_in(request: HttpRequest) -> AnyUser:
     if not user.is_authenticated:
         raise SignedOutError
     if request.method in UNSAFE:
-        if await sync_to_async(check_csrf)(request) is not None:
-            raise CsrfError
+        # First, as the look for a token would parse a form of any size.
         if request.method != "DELETE" and request.content_type != "application/json":
             raise UnsupportedMediaError
+        if await sync_to_async(check_csrf)(request) is not None:
+            raise CsrfError
         try:
             too_large = len(request.body) > protocol.MAX_FRAME_BYTES
         except RequestDataTooBig:
@@ -179,11 +190,21 @@ async def signed_in(request: HttpRequest) -> AnyUser:
     return user
 
 
-api = NinjaAPI(
+class _PrivateAPI(NinjaAPI):
+    """Everything it answers is for one user's eyes."""
+
+    def create_temporal_response(self, request: HttpRequest) -> HttpResponse:
+        """The response that a view's result is written into."""
+        response = super().create_temporal_response(request)
+        response["Cache-Control"] = PRIVATE
+        return response
+
+
+api = _PrivateAPI(
     title="streaming_chat",
     version=str(protocol.PROTOCOL_VERSION),
     description="Conversations whose replies stream. See the documentation of the events for the rest.",
-    urls_namespace="streaming_chat_api",
+    urls_namespace="streaming_chat:api",
     docs_url=None,  # its page loads scripts from elsewhere
     auth=signed_in,
     parser=StrictParser(),
@@ -194,7 +215,7 @@ def _answer(request: HttpRequest, error: ChatError) -> HttpResponse:
     body = dict(protocol.problem(error, translate=gettext))
     del body["type"], body["ref"]
     response = JsonResponse({"error": body}, status=error.http_status)
-    response["Cache-Control"] = "private, no-store"
+    response["Cache-Control"] = PRIVATE
     if error.retry_after_seconds is not None:
         response["Retry-After"] = str(max(1, round(error.retry_after_seconds)))
     return response
@@ -226,7 +247,9 @@ def _bad_field(request: HttpRequest, error: ValidationError) -> HttpResponse:
     place, *path = [str(part) for part in error.errors[0]["loc"]]
     if place == "path":
         return _answer(request, NotFoundError())
-    return _answer(request, InvalidInputError("bad_field", field=".".join(path[1:] if place == "body" else path)))
+    # Shapes are flat; what follows the field's name is pydantic's own name for a kind of value.
+    field = path[1:2] if place == "body" else path[:1]
+    return _answer(request, InvalidInputError("bad_field", field=field[0] if field else None))
 
 
 @api.exception_handler(DatabaseError)
@@ -276,7 +299,7 @@ async def list_conversations(
 async def create_conversation(request: HttpRequest, body: NewConversation) -> Any:
     """Begin an empty conversation."""
     conversation = await turns.create_conversation(_user(request), **body.dict())
-    return 201, snapshot.conversation_form(conversation, "owner", running=False)
+    return Status(201, snapshot.conversation_form(conversation, "owner", running=False))
 
 
 @api.get("conversations/{uuid:conversation_id}", response={200: ConversationForm, **PROBLEMS}, url_name="conversation")
@@ -296,7 +319,7 @@ async def change_conversation(request: HttpRequest, conversation_id: uuid.UUID, 
 async def delete_conversation(request: HttpRequest, conversation_id: uuid.UUID) -> Any:
     """Delete it with all its messages."""
     await turns.delete_conversation(_user(request), conversation_id)
-    return 204, None
+    return Status(204, None)
 
 
 # ------------------------------------------------------------------------------------------------ messages and turns
@@ -313,8 +336,9 @@ async def list_messages(
 @api.post("conversations/{uuid:conversation_id}/messages", response={202: Accepted, **PROBLEMS})
 async def send_message(request: HttpRequest, conversation_id: uuid.UUID, body: NewMessage) -> Any:
     """Send a prompt. With ``Accept: text/event-stream`` the answer streams and ends with ``finished``."""
+    _admit(request)
     started = await turns.start_turn(_user(request), conversation_id, **body.dict())
-    return _accepted(request, started)
+    return await _accepted(request, started)
 
 
 @api.post(
@@ -324,8 +348,9 @@ async def send_message(request: HttpRequest, conversation_id: uuid.UUID, body: N
 )
 async def regenerate(request: HttpRequest, conversation_id: uuid.UUID, body: RegenerateBody) -> Any:
     """Answer a prompt once more. Streams like a new message."""
+    _admit(request)
     started = await turns.regenerate_turn(_user(request), conversation_id, **body.dict())
-    return _accepted(request, started)
+    return await _accepted(request, started)
 
 
 @api.post("conversations/{uuid:conversation_id}/stop", response={200: StopAnswer, **PROBLEMS}, url_name="stop")
@@ -343,19 +368,20 @@ async def events(request: HttpRequest, conversation_id: uuid.UUID, after: str | 
     """Everything that happens in the conversation, as it happens."""
     accept = request.headers.get("Accept", "*/*")
     if sse.CONTENT_TYPE not in accept and "*/*" not in accept and "text/*" not in accept:
-        return HttpResponse(status=HTTPStatus.NOT_ACCEPTABLE)
+        raise NotAcceptableError
     return await sse.conversation_events(request, _user(request), conversation_id, after)
 
 
-def _accepted(request: HttpRequest, started: turns.StartedTurn) -> Any:
+def _admit(request: HttpRequest) -> None:
     if sse.wants_events(request):
-        return sse.turn_events(request, _user(request), started)
-    return 202, {
-        "turn_id": started.id,
-        "prompt_id": started.prompt_id,
-        "reply_id": started.reply_id,
-        "duplicate": started.duplicate,
-    }
+        sse.admit(request, _user(request))
+
+
+async def _accepted(request: HttpRequest, started: turns.StartedTurn) -> Any:
+    if sse.wants_events(request):
+        return await sse.turn_events(_user(request), started)
+    ids = {"turn_id": started.id, "prompt_id": started.prompt_id, "reply_id": started.reply_id}
+    return Status(202, {**ids, "duplicate": started.duplicate})
 
 
 # ------------------------------------------------------------------------------------------------ reads
@@ -367,7 +393,9 @@ _PLACE = re.compile(r"([0-9]{1,18})\.([0-9a-f]{32})", re.ASCII)
 def _read_list(user: AnyUser, before: tuple[datetime, uuid.UUID] | None, limit: int, archived: bool) -> dict[str, Any]:
     rows = Conversation.objects.visible_to(user).filter(archived_at__isnull=not archived)
     if before is not None:
-        at, pk = before
+        moment, pk = before
+        # SQLite compares texts; the cast gives the parameter as many digits as the database's own clock writes.
+        at = Cast(Value(moment, DateTimeField()), DateTimeField())
         # The first condition is implied by the second, but only it lets the index begin at the right place.
         rows = rows.filter(updated_at__lte=at).filter(Q(updated_at__lt=at) | Q(updated_at=at, pk__lt=pk))
     found = list(rows.order_by("-updated_at", "-id")[: limit + 1])

@@ -46,34 +46,16 @@ def with_streaming_chat(application: Application) -> Application:
     return chat_application
 
 
-async def start() -> None:
-    """Begin to claim and recover turns, before the first request comes."""
-    from .generation.runner import get_runner  # noqa: PLC0415
-
-    get_runner().start()
-
-
-async def stop() -> None:
-    """Let running turns end within ``DRAIN_SECONDS``, settle the rest, and close everything."""
-    from .database import close_threads  # noqa: PLC0415
-    from .generation.runner import get_runner  # noqa: PLC0415
-    from .hub import get_hub  # noqa: PLC0415
-    from .providers import aclose_providers  # noqa: PLC0415
-
-    await get_runner().drain()
-    await get_hub().close()
-    await aclose_providers()
-    await asyncio.to_thread(close_threads)
-
-
 async def _lifespan(receive: Any, send: Any) -> None:
+    from . import lifecycle  # noqa: PLC0415
+
     while True:
         message = await receive()
         if message["type"] == "lifespan.startup":
-            await start()
+            await lifecycle.start()
             await send({"type": "lifespan.startup.complete"})
         elif message["type"] == "lifespan.shutdown":
-            await stop()
+            await lifecycle.stop()
             await send({"type": "lifespan.shutdown.complete"})
             return
 
@@ -86,7 +68,9 @@ def _hook_daphne() -> None:
         return
     from twisted.internet.defer import Deferred  # noqa: PLC0415
 
-    reactor.callWhenRunning(lambda: asyncio.ensure_future(start(), loop=loop))
+    from . import lifecycle  # noqa: PLC0415
+
+    reactor.callWhenRunning(lambda: asyncio.ensure_future(lifecycle.start(), loop=loop))
     reactor.addSystemEventTrigger(
-        "before", "shutdown", lambda: Deferred.fromFuture(asyncio.ensure_future(stop(), loop=loop))
+        "before", "shutdown", lambda: Deferred.fromFuture(asyncio.ensure_future(lifecycle.stop(), loop=loop))
     )

@@ -33,8 +33,7 @@ CLOSE_SIGNED_OUT: Final = 4401
 CLOSE_NOT_FOUND: Final = 4404
 CLOSE_TOO_SLOW: Final = 4008
 CLOSE_TOO_MANY: Final = 4429
-CLOSE_POLICY: Final = 1008
-CLOSE_RESTART: Final = 1012
+CLOSE_RESTART: Final = 4503
 STRIKES: Final = 20
 """Commands refused for their rate before the socket is closed."""
 FREE_COMMANDS_FACTOR: Final = 10
@@ -51,7 +50,7 @@ class ChatConsumer(AsyncWebsocketConsumer):
     Sends a ``snapshot``, or with ``?after=<cursor>`` what came since, and then every event; takes the commands of
     :mod:`streaming_chat.protocol`. A command that can't be carried out is answered with ``error`` and the socket stays
     open. It closes with 4401 (signed out), 4404 (no such conversation for this user), 4008 (takes nothing for minutes),
-    4429 (too many sockets), 1008 (too many commands) and 1012 (restart: come back).
+    4429 (too many sockets or commands) and 4503 (restart: come back). Daphne can't send the standard codes for these.
     """
 
     channel_layer_alias = "-"  # No layer per socket: the hub has one channel for the whole process.
@@ -138,7 +137,7 @@ class ChatConsumer(AsyncWebsocketConsumer):
             await self._problem(error, ref)
             self._strikes += 1
             if self._strikes >= STRIKES:
-                await self._end(CLOSE_POLICY)
+                await self._end(CLOSE_TOO_MANY)
         except SignedOutError as error:
             await self._problem(error, ref)
             await self._end(CLOSE_SIGNED_OUT)

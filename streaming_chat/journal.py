@@ -320,7 +320,7 @@ class Journal:
         if not writer.fenced:
             self._dirty[writer.lease.token] = writer
             self._work.set()
-            if urgent:
+            if urgent and writer._apart_until is None:  # else whoever flushes would spin until it is tried again
                 self._urgent.set()
 
     def _close(self, writer: Writer) -> None:

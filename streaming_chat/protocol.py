@@ -371,8 +371,8 @@ def validate(shape: type[Shape], document: dict[str, Any]) -> Shape:
         return shape.model_validate(document)
     except ValidationError as error:
         # Shapes are flat; what follows the field's name is pydantic's own name for a kind of value.
-        field = str(error.errors(include_url=False, include_input=False)[0]["loc"][0])
-        raise InvalidInputError("bad_field", field=field) from None
+        place = error.errors(include_url=False, include_input=False)[0]["loc"]
+        raise InvalidInputError("bad_field", field=str(place[0]) if place else None) from None
 
 
 def load_json(text: str | bytes) -> dict[str, Any]:

@@ -7,8 +7,11 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Final
 
+from asgiref.sync import sync_to_async
 from django.core.handlers.asgi import ASGIRequest
+from django.db import connections
 from django.http import HttpRequest, StreamingHttpResponse
+from django.utils.translation import gettext
 
 from . import limits, protocol, snapshot
 from .conf import get_settings
@@ -48,14 +51,14 @@ async def conversation_events(
     """
     cursor = Cursor.parse(request.headers.get("Last-Event-ID") or after or "")
     await in_database(_check, user, conversation_id, cursor)
-    return _respond(request, user, get_hub().watch(conversation_id, user, cursor))
+    admit(request, user)
+    return await _respond(user, get_hub().watch(conversation_id, user, cursor))
 
 
-def turn_events(request: HttpRequest, user: AnyUser, started: StartedTurn) -> StreamingHttpResponse:
+async def turn_events(user: AnyUser, started: StartedTurn) -> StreamingHttpResponse:
     """The answer to one prompt: ``accepted``, then its events; ``finished`` is the last.
 
-    Raises:
-        RateLimitedError: The user has too many streams open. The turn goes on.
+    Call :func:`admit` before the turn is started, so that a refusal changes nothing.
     """
     accepted: protocol.Accepted = {
         "type": "accepted",
@@ -65,7 +68,20 @@ def turn_events(request: HttpRequest, user: AnyUser, started: StartedTurn) -> St
         "duplicate": started.duplicate,
     }
     viewer = get_hub().follow(started.conversation_id, started.id)
-    return _respond(request, user, viewer, protocol.sse_frame("accepted", protocol.encode(accepted)))
+    return await _respond(user, viewer, protocol.sse_frame("accepted", protocol.encode(accepted)))
+
+
+def admit(request: HttpRequest, user: AnyUser) -> None:
+    """Check that ``user`` may open a stream here and now.
+
+    Raises:
+        NeedsAsgiError: The site runs under WSGI.
+        RateLimitedError: The user has too many streams open.
+    """
+    if not isinstance(request, ASGIRequest):
+        raise NeedsAsgiError
+    if limits.event_streams.held(user.pk) >= get_settings().event_streams_per_user:
+        raise RateLimitedError
 
 
 def wants_events(request: HttpRequest) -> bool:
@@ -73,18 +89,22 @@ def wants_events(request: HttpRequest) -> bool:
     return CONTENT_TYPE in request.headers.get("Accept", "")
 
 
-def _respond(request: HttpRequest, user: AnyUser, viewer: Viewer, first: bytes = b"") -> StreamingHttpResponse:
-    if not isinstance(request, ASGIRequest):
-        raise NeedsAsgiError
-    if limits.event_streams.held(user.pk) >= get_settings().event_streams_per_user:
-        raise RateLimitedError
+async def _respond(user: AnyUser, viewer: Viewer, first: bytes = b"") -> StreamingHttpResponse:
     get_runner().start()
+    await sync_to_async(_give_back_connections)()
     response = StreamingHttpResponse(_body(viewer, user, first), content_type=CONTENT_TYPE)
     # No cache and no proxy may keep, change or collect what passes; an encoding keeps GZipMiddleware's hands off.
     response["Cache-Control"] = "private, no-store, no-transform"
     response["X-Accel-Buffering"] = "no"
     response["Content-Encoding"] = "identity"
     return response
+
+
+def _give_back_connections() -> None:
+    """Close the request's own database connections, which would otherwise be held as long as the stream."""
+    for connection in connections.all(initialized_only=True):
+        if not connection.in_atomic_block:  # as in a host's test case
+            connection.close()
 
 
 async def _body(viewer: Viewer, user: AnyUser, first: bytes) -> AsyncIterator[bytes]:
@@ -103,7 +123,7 @@ async def _body(viewer: Viewer, user: AnyUser, first: bytes) -> AsyncIterator[by
                 else:
                     yield protocol.sse_frame(sent.kind, sent.json, event_id=sent.token)
     except RateLimitedError as error:  # taken by somebody between the answer's headers and here
-        yield protocol.sse_frame("error", protocol.encode(protocol.problem(error)))
+        yield protocol.sse_frame("error", protocol.encode(protocol.problem(error, translate=gettext)))
 
 
 def _check(user: AnyUser, conversation_id: uuid.UUID, cursor: Cursor | None) -> None:

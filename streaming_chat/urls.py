@@ -5,6 +5,7 @@ from __future__ import annotations
 from django.http import HttpRequest, HttpResponse
 from django.urls import path
 
+from . import views
 from .api import api
 
 
@@ -16,6 +17,10 @@ def socket(request: HttpRequest, conversation_id: object) -> HttpResponse:
 app_name = "streaming_chat"
 
 urlpatterns = [
+    path("", views.index, name="index"),
+    path("new/", views.new, name="new"),
+    path("conversations/<uuid:conversation_id>/", views.conversation, name="conversation"),
+    path("conversations/<uuid:conversation_id>/send/", views.send_form, name="send_form"),
     path("api/", api.urls),
     path("conversations/<uuid:conversation_id>/socket/", socket, name="socket"),
 ]

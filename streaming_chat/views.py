@@ -16,7 +16,8 @@ from django.utils.translation import gettext
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_POST, require_safe
 
-from . import turns
+from . import protocol, turns
+from .conf import get_settings
 from .exceptions import ChatError, InvalidInputError, NotFoundError
 from .models import Conversation, Turn
 
@@ -48,7 +49,7 @@ async def new(request: HttpRequest) -> HttpResponse:
     """Begin a conversation with the form's message."""
     user = await request.auser()
     try:
-        text = turns.clean_prompt(request.POST.get("text", ""))
+        text = protocol.clean_text(request.POST.get("text", ""), max_chars=get_settings().message_max_chars)
         conversation_id = (await turns.create_conversation(user)).pk
         await turns.start_turn(user, conversation_id, text=text, client_id=_client_id(request))
     except ChatError as error:
@@ -93,11 +94,10 @@ def _page(
 
 async def _refuse(request: HttpRequest, error: ChatError, conversation_id: uuid.UUID | None = None) -> HttpResponse:
     """The page again, with the reason, and the text still in its box."""
-    sentence = gettext(error.sentence).format(**error.params)
     return await sync_to_async(_page)(
         request,
         conversation_id,
         status=error.http_status,
-        refused=sentence,
+        refused=protocol.problem(error, translate=gettext)["detail"],
         draft=request.POST.get("text", ""),
     )

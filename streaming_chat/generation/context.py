@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from django.utils.crypto import salted_hmac
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,8 +29,8 @@ class Options(BaseModel):
     stream: bool = True
 
 
-def build_request(turn_id: uuid.UUID) -> ProviderRequest:
-    """What the provider is asked for a turn. Blocks: run it in a database thread.
+def build_request(turn_id: uuid.UUID, provider: str) -> ProviderRequest:
+    """What ``provider`` is asked for a turn. Blocks: run it in a database thread.
 
     Raises:
         Turn.DoesNotExist: The conversation was deleted.
@@ -41,7 +41,7 @@ def build_request(turn_id: uuid.UUID) -> ProviderRequest:
     chosen |= Options.model_validate(conversation.options).model_dump(exclude_unset=True)
     return ProviderRequest(
         model=model_of(conversation, site),
-        messages=history(turn),
+        messages=history(turn, provider),
         system=conversation.system_prompt or site.system_prompt,
         max_tokens=chosen["max_tokens"],
         thinking=chosen["thinking"],
@@ -63,20 +63,26 @@ def user_hash(user_id: Any) -> str | None:
     return None if user_id is None else salted_hmac("streaming_chat.user_id", str(user_id)).hexdigest()[:32]
 
 
-def history(turn: Turn) -> list[ProviderMessage]:
-    """The branch up to the turn's prompt, as the provider accepts it.
+def history(turn: Turn, provider: str) -> list[ProviderMessage]:
+    """The branch up to the turn's prompt, as ``provider`` accepts it.
 
     A refused turn is left out, with its prompt, because a refusal in the history causes the next one. Replies that
     hold nothing yet are left out; neighbours of one role become one message.
     """
     messages = Message.objects.path(turn.prompt_id)
-    refused = set(Turn.objects.filter(reply__in=messages, stop_reason="refusal").values_list("prompt_id", "reply_id"))
-    left_out = {message_id for pair in refused for message_id in pair} - {turn.prompt_id}
-    return merge_roles(
-        ProviderMessage(role="user" if message.role == Message.Role.USER else "assistant", blocks=blocks)
-        for message in messages
-        if message.pk not in left_out and (blocks := sendable(message.blocks))
-    )
+    earlier = {earlier.reply_id: earlier for earlier in Turn.objects.filter(reply__in=messages)}
+    refused = [other for other in earlier.values() if other.stop_reason == "refusal"]
+    left_out = {message_id for other in refused for message_id in (other.prompt_id, other.reply_id)} - {turn.prompt_id}
+    history = []
+    for message in messages:
+        if message.pk in left_out:
+            continue
+        made_by = earlier.get(message.pk)
+        blocks = sendable(message.blocks, thinking=made_by is not None and made_by.provider == provider)
+        if blocks:
+            role: Literal["user", "assistant"] = "user" if message.role == Message.Role.USER else "assistant"
+            history.append(ProviderMessage(role=role, blocks=blocks))
+    return merge_roles(history)
 
 
 def merge_roles(messages: Iterable[ProviderMessage]) -> list[ProviderMessage]:
@@ -90,14 +96,23 @@ def merge_roles(messages: Iterable[ProviderMessage]) -> list[ProviderMessage]:
     return merged
 
 
-def sendable(blocks: Sequence[Block]) -> list[Block]:
+def sendable(blocks: Sequence[Block], *, thinking: bool = True) -> list[Block]:
     """The blocks that may be sent back: complete ones, with whatever they depend on.
 
     An interrupted reply can end in half a tool call or in thinking without its signature; a call needs its result in
-    the same or the next message, and no text may be blank.
+    the same message, no text may be blank, and thinking alone is no answer.
+
+    Args:
+        blocks: Of one message.
+        thinking: False leaves thinking out; its signature means something only to the provider that made it.
     """
     results = {block["tool_use_id"] for block in blocks if isinstance(block.get("tool_use_id"), str)}
-    return [block for block in blocks if _is_complete(block, results)]
+    complete = [block for block in blocks if _is_complete(block, results) and (thinking or not _is_thinking(block))]
+    return complete if any(not _is_thinking(block) for block in complete) else []
+
+
+def _is_thinking(block: Block) -> bool:
+    return block.get("type") in ("thinking", "redacted_thinking")
 
 
 def _is_complete(block: Block, results: set[str]) -> bool:

@@ -11,11 +11,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final
 
+import orjson
 from django.db import DatabaseError, OperationalError
 from uuid_utils.compat import uuid7
 
 from .. import signals, snapshot
-from ..blocks import BlockError, BlockFold, Op
+from ..blocks import BlockError, BlockFold, Op, storable
 from ..conf import ChatSettings
 from ..database import in_database
 from ..exceptions import ProviderError
@@ -186,7 +187,7 @@ class Generation:
                 await asyncio.sleep(FINISH_BACKOFF_SECONDS)
 
     async def _stream(self) -> None:
-        request = await in_database(context.build_request, self.turn_id)
+        request = await in_database(context.build_request, self.turn_id, self._provider.name)
         self._deadlines.streams = request.stream
         pause_seconds = RETRY_SECONDS
         for retries_left in range(self._settings.provider_retries, -1, -1):
@@ -226,8 +227,7 @@ class Generation:
         except ProviderError as error:
             asked.error_code = error.code
             asked.request_id = asked.request_id or error.request_id or ""
-            # An error instead of an answer is not billed.
-            asked.final = asked.final or self._deadlines.began_at is None
+            asked.final = asked.final or not asked.began
             raise
         finally:
             asked.duration_ms = int((time.monotonic() - started) * 1000)
@@ -247,16 +247,19 @@ class Generation:
         elif isinstance(event, Alive):
             return
         elif isinstance(event, Began):
-            asked.request_id, asked.model = event.request_id, event.model
+            asked.began, asked.request_id, asked.model = True, event.request_id, event.model
         elif isinstance(event, UsageSeen):
             asked.usage, asked.final = event.usage, event.final
         elif isinstance(event, Ended):
+            asked.model = str(event.details.get("model") or asked.model)
             self._decide(_outcome_of(event))
 
     def _write(self, op: Op, asked: Request, seconds: float) -> None:
         try:
+            op = storable(op)
+            orjson.dumps(op)  # what can't be written must not get as far as the journal
             self._fold.apply(op)
-        except BlockError:
+        except (BlockError, TypeError, RecursionError):
             raise ProviderError("provider_error") from None
         self._coalescer.push(op)
         shows_text = False

@@ -53,6 +53,8 @@ class Request:
     record_id: uuid.UUID
     usage: Usage = field(default_factory=Usage)
     final: bool = False
+    began: bool = False
+    """Whether the provider began to answer; an error instead of an answer is not billed."""
     request_id: str = ""
     model: str = ""
     error_code: str = ""
@@ -135,7 +137,12 @@ def finish(
         ended = _end(mine, lease.turn_id, outcome, blocks=list(blocks), end_seq=end_seq)
         for request in requests:
             settle_request(request)
-        return _ended_turn(lease.turn_id) if ended else None
+        if not ended:
+            return None
+        answered_by = [request.model for request in requests if request.model]
+        if answered_by:
+            Turn.objects.filter(pk=lease.turn_id).update(model=answered_by[-1][:100])
+        return _ended_turn(lease.turn_id)
 
 
 def settle_request(request: Request) -> None:
@@ -150,7 +157,7 @@ def settle_request(request: Request) -> None:
         # Refused before it began (an error answer) costs nothing; without any answer the input may have been read.
         input_tokens = 0 if request.final else request.sent_chars // CHARS_PER_TOKEN
     quality = UsageRecord.Quality.EXACT if request.final else UsageRecord.Quality.ESTIMATED
-    fields: dict[str, Any] = {"model": request.model} if request.model else {}
+    fields: dict[str, Any] = {"model": request.model[:100]} if request.model else {}
     UsageRecord.objects.filter(pk=request.record_id, quality=UsageRecord.Quality.OPEN).update(
         quality=quality,
         request_id=request.request_id[:100],

@@ -68,6 +68,7 @@ class Turn(models.Model):
     """A key of :data:`streaming_chat.exceptions.TURN_ERRORS`; empty if all went well."""
     provider = models.CharField(_("provider"), max_length=50, blank=True)
     model = models.CharField(_("model"), max_length=100, blank=True)
+    """The one that was asked; once the turn is over, the one that answered."""
     end_seq = models.PositiveIntegerField(_("last entry"), null=True)
     """Number of the last journal entry; null until the turn is terminal. Outlives the entries."""
     queued_at = models.DateTimeField(_("queued"), db_default=Now(), editable=False)

@@ -3,7 +3,7 @@
 To add a provider, write a class with ``name`` and ``stream`` and put its dotted path into
 ``STREAMING_CHAT["PROVIDER"]``. It yields
 
-    Began → (Op | Alive | UsageSeen)* → Ended
+    Alive* → Began → (Op | Alive | UsageSeen)* → Ended
 
 and raises :class:`~streaming_chat.exceptions.ProviderError` for every failure. Returning without ``Ended`` means that
 the stream was cut. Cancelling or closing the generator must close the provider's connection at once.
