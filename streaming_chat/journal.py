@@ -121,8 +121,7 @@ class Writer:
         if self._waiting_since is None and self._entry is None:
             return not self.fenced
         while (self._waiting_since is not None or self._entry is not None) and not self.fenced:
-            self._journal._mark_dirty(self, urgent=True)
-            await self._journal.round()
+            await self._journal._flush_soon(self)
         return not self.fenced
 
     def end(self) -> None:
@@ -193,6 +192,7 @@ class Journal:
         self._work = asyncio.Event()
         self._urgent = asyncio.Event()
         self._round: asyncio.Future[None] | None = None
+        self._stopped = False
         self._listeners: list[Callable[[str, Frame], None]] = []
         self._publish_failures = 0
         self._publish_after = 0.0
@@ -224,8 +224,12 @@ class Journal:
         self._urgent.set()
         self._work.set()
 
-    async def round(self) -> None:
-        """Wait for the end of the current or next round of commits, but not for ever."""
+    async def _flush_soon(self, writer: Writer) -> None:
+        """Commit what ``writer`` has in the next round, or here if no more rounds will come."""
+        if self._stopped:
+            await self._commit([writer])
+            return
+        self._mark_dirty(writer, urgent=True)
         if self._round is None:
             self._round = asyncio.get_running_loop().create_future()
         await asyncio.wait([self._round], timeout=ROUND_SECONDS)
@@ -250,7 +254,13 @@ class Journal:
             logger.warning("publishing to the channel layer failed: %s", type(error).__name__)
 
     async def run(self) -> None:
-        """Commit and publish until cancelled. Cancelling between rounds loses nothing that was shown."""
+        """Commit and publish until cancelled. Nothing that was shown is lost, and who flushes later commits alone."""
+        try:
+            await self._run()
+        finally:
+            self._stopped = True
+
+    async def _run(self) -> None:
         tick_at = 0.0
         while True:
             if not self._writers:

@@ -400,7 +400,7 @@ def load_json(text: str | bytes) -> dict[str, Any]:
     return document
 
 
-def clean_text(text: str, *, max_chars: int) -> str:
+def clean_text(text: str, *, max_chars: int, field: str = "text") -> str:
     """``text`` ready to be stored: line ends unified, outer blank lines removed.
 
     Raises:
@@ -409,10 +409,10 @@ def clean_text(text: str, *, max_chars: int) -> str:
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if len(text) > max_chars:
-        raise InvalidInputError("too_large", field="text")
+        raise InvalidInputError("too_large", field=field)
     text = text.strip("\n\t ")
     if not text or text.isspace() or _FORBIDDEN.search(text):
-        raise InvalidInputError("bad_text", field="text")
+        raise InvalidInputError("bad_text", field=field)
     return text
 
 

@@ -90,7 +90,9 @@ async def create_conversation(
     except ValidationError as error:
         raise InvalidInputError("bad_field", field=f"options.{error.errors()[0]['loc'][0]}") from None
     if system_prompt:
-        system_prompt = protocol.clean_text(system_prompt, max_chars=get_settings().message_max_chars)
+        system_prompt = protocol.clean_text(
+            system_prompt, max_chars=get_settings().message_max_chars, field="system_prompt"
+        )
     if len(model) > MODEL_CHARS or not model.isprintable():
         raise InvalidInputError("bad_field", field="model")
     conversation = Conversation(

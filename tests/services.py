@@ -214,6 +214,12 @@ class Site:
         self._process.kill()
         self._process.wait(START_SECONDS)
 
+    def terminate(self) -> int:
+        """Ask it to end, as a deployment does; its exit code."""
+        assert self._process is not None
+        self._process.terminate()
+        return self._process.wait(START_SECONDS)
+
     def close(self) -> None:
         """End it politely, then the address."""
         if self._process is not None:
