@@ -18,7 +18,7 @@ from django.db import DatabaseError
 from django.db.models import DateTimeField, Q, Value
 from django.db.models.functions import Cast
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase, JsonResponse
-from django.utils.translation import gettext
+from django.utils.translation import gettext, gettext_noop
 from ninja import Field, NinjaAPI, Query, Schema, Status
 from ninja.errors import AuthenticationError, HttpError, ValidationError
 from ninja.parser import Parser
@@ -26,6 +26,7 @@ from ninja.utils import check_csrf
 from pydantic import ConfigDict
 
 from . import protocol, snapshot, sse, turns
+from .conf import get_settings
 from .database import in_database
 from .exceptions import ChatError, ForbiddenError, InvalidInputError, NotFoundError, SignedOutError
 from .models import Conversation, Turn
@@ -140,7 +141,7 @@ class UnsupportedMediaError(ChatError):
 
     code = "unsupported_media_type"
     http_status = 415
-    sentence = "Send JSON, with the content type application/json."
+    sentence = gettext_noop("Send JSON, with the content type application/json.")
 
 
 class NotAcceptableError(ChatError):
@@ -148,14 +149,14 @@ class NotAcceptableError(ChatError):
 
     code = "not_acceptable"
     http_status = 406
-    sentence = "This address answers with an event stream only."
+    sentence = gettext_noop("This address answers with an event stream only.")
 
 
 class CsrfError(ForbiddenError):
     """The CSRF token is missing or wrong."""
 
     code = "csrf_failed"
-    sentence = "The security token is missing or out of date. Reload the page."
+    sentence = gettext_noop("The security token is missing or out of date. Reload the page.")
 
 
 class StrictParser(Parser):
@@ -262,7 +263,7 @@ class StorageError(ChatError):
 
     code = "storage_unavailable"
     http_status = 503
-    sentence = "This could not be saved. Try again in a moment."
+    sentence = gettext_noop("This could not be saved. Try again in a moment.")
 
 
 def _user(request: HttpRequest) -> AnyUser:
@@ -297,7 +298,13 @@ async def list_conversations(
 
 @api.post("conversations", response={201: ConversationForm, **PROBLEMS})
 async def create_conversation(request: HttpRequest, body: NewConversation) -> Any:
-    """Begin an empty conversation."""
+    """Begin an empty conversation. The site decides which models and how long answers may be chosen."""
+    site = get_settings()
+    if body.model and body.model not in (site.model, *site.models):
+        raise InvalidInputError("bad_field", field="model")
+    max_tokens = body.options.get("max_tokens", 0)
+    if isinstance(max_tokens, int) and max_tokens > site.max_tokens:
+        raise InvalidInputError("bad_field", field="options.max_tokens")
     conversation = await turns.create_conversation(_user(request), **body.dict())
     return Status(201, snapshot.conversation_form(conversation, "owner", running=False))
 

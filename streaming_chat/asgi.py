@@ -60,6 +60,21 @@ async def _lifespan(receive: Any, send: Any) -> None:
             return
 
 
+async def _stop() -> None:
+    """End everything, also what Daphne leaves running if a socket was opened within the last second.
+
+    (Its ``kill_all_applications`` raises then.) A coroutine that is pending at the interpreter's exit can crash it.
+    """
+    from . import lifecycle  # noqa: PLC0415
+
+    await lifecycle.stop()
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=1.0)
+
+
 def _hook_daphne() -> None:
     """Start and drain with Daphne's reactor, because Daphne does not speak the lifespan protocol."""
     reactor: Any = sys.modules.get("twisted.internet.reactor")
@@ -72,5 +87,5 @@ def _hook_daphne() -> None:
 
     reactor.callWhenRunning(lambda: asyncio.ensure_future(lifecycle.start(), loop=loop))
     reactor.addSystemEventTrigger(
-        "before", "shutdown", lambda: Deferred.fromFuture(asyncio.ensure_future(lifecycle.stop(), loop=loop))
+        "before", "shutdown", lambda: Deferred.fromFuture(asyncio.ensure_future(_stop(), loop=loop))
     )

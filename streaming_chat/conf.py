@@ -27,8 +27,10 @@ class ChatSettings:
     """None: the environment variable ``ANTHROPIC_BASE_URL``, else Anthropic's own address."""
     model: str = "claude-sonnet-5-5"
     """For conversations that name none."""
+    models: tuple[str, ...] = ()
+    """Further models that users may choose for a conversation through the API; a host's own code may choose any."""
     max_tokens: int = 8192
-    """Longest answer, thinking included."""
+    """Longest answer, thinking included. Users may ask for less through the API, not for more."""
     system_prompt: str = ""
     """For conversations that have none of their own."""
     thinking: dict[str, Any] | None = None

@@ -36,6 +36,8 @@ CLOSE_TOO_MANY: Final = 4429
 CLOSE_RESTART: Final = 4503
 STRIKES: Final = 20
 """Commands refused for their rate before the socket is closed."""
+RESUMES_PER_MINUTE: Final = 30
+"""Each may be answered with a whole snapshot, which a client that does not read would pile up here."""
 FREE_COMMANDS_FACTOR: Final = 10
 """Acknowledgements and pings have a limit of their own, so many times that of commands."""
 RETURN_SECONDS: Final = 5.0
@@ -65,9 +67,8 @@ class ChatConsumer(AsyncWebsocketConsumer):
         try:
             await super().__call__(scope, receive, send)
         except asyncio.CancelledError:
-            if get_runner().draining:  # the server stops; without a word, a browser would see a lost network
-                await self._send({"type": "reconnect", "within_seconds": RETURN_SECONDS})
-                await self.close(CLOSE_RESTART)
+            if get_runner().draining and not self._gone:  # Daphne cancels all sockets when it is asked to stop
+                await self._dismiss()
             raise
         finally:
             self._release()
@@ -99,6 +100,7 @@ class ChatConsumer(AsyncWebsocketConsumer):
         now = time.monotonic()
         self._commands = limits.Rate(settings.commands_per_minute, now=now)
         self._free_commands = limits.Rate(settings.commands_per_minute * FREE_COMMANDS_FACTOR, now=now)
+        self._resumes = limits.Rate(RESUMES_PER_MINUTE, now=now)
         self._strikes = 0
         query = dict(parse_qsl(self.scope.get("query_string", b"").decode("latin-1")))
         after = Cursor.parse(query.get("after", ""))
@@ -156,6 +158,7 @@ class ChatConsumer(AsyncWebsocketConsumer):
             case Ping():
                 await self._send({"type": "pong", "ref": command.ref})
             case Resume():
+                self._resumes.take()
                 await self._check_session()
                 viewer.resume(Cursor.parse(command.cursor or ""))
                 await self._accepted(command)
@@ -200,12 +203,21 @@ class ChatConsumer(AsyncWebsocketConsumer):
     async def _show(self, sent: Sent) -> None:
         if sent is CLOSED:
             # Dropped for taking nothing, or because the process ends; after a disconnect nobody is told.
-            if not self._gone:
-                await self._end(CLOSE_RESTART if get_runner().draining else CLOSE_TOO_SLOW)
+            if self._gone:
+                return
+            if get_runner().draining:
+                await self._dismiss()
+            else:
+                await self._end(CLOSE_TOO_SLOW)
         elif sent.json:
             await self.send(text_data=sent.json)
         if sent.kind == "deleted":
             await self._end(CLOSE_NOT_FOUND)
+
+    async def _dismiss(self) -> None:
+        """Ask the browser to come back; without a word, it would see a lost network."""
+        await self._send({"type": "reconnect", "within_seconds": RETURN_SECONDS})
+        await self._end(CLOSE_RESTART)
 
     async def _end(self, code: int) -> None:
         """Close the socket. What is still on its way, in either direction, is dropped."""

@@ -397,14 +397,20 @@ class Hub:
 
         return self._own(run(), name=f"viewer of {viewer.conversation_id}")
 
+    def dismiss(self) -> None:
+        """Send everybody who follows a conversation elsewhere. Who waits for the end of one turn stays."""
+        for viewer in [viewer for viewers in self._viewers.values() for viewer in viewers]:
+            if isinstance(viewer, ConversationViewer):
+                viewer.close()
+
     async def close(self) -> None:
         """Detach everybody and end the tasks."""
         for viewer in [viewer for viewers in self._viewers.values() for viewer in viewers]:
             viewer.close()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        while tasks := list(self._tasks):
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=1.0)  # and again: the layer's client can swallow a cancel
 
     # ---------------------------------------------------------------- inside
 

@@ -17,7 +17,10 @@ async def start() -> None:
 
 async def stop() -> None:
     """Let running turns end within ``DRAIN_SECONDS``, settle the rest, and close every task, connection and thread."""
-    await get_runner().drain()
+    runner = get_runner()
+    runner.draining = True
+    get_hub().dismiss()  # now, as other processes can show them the rest
+    await runner.drain()
     await get_hub().close()
     await aclose_providers()
     await asyncio.to_thread(close_threads)

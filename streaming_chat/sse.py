@@ -11,7 +11,7 @@ from asgiref.sync import sync_to_async
 from django.core.handlers.asgi import ASGIRequest
 from django.db import connections
 from django.http import HttpRequest, StreamingHttpResponse
-from django.utils.translation import gettext
+from django.utils.translation import gettext, gettext_noop
 
 from . import limits, protocol, snapshot
 from .conf import get_settings
@@ -35,7 +35,7 @@ class NeedsAsgiError(ChatError):
 
     code = "needs_asgi"
     http_status = 501
-    sentence = "Streaming needs an ASGI server, such as Daphne."
+    sentence = gettext_noop("Streaming needs an ASGI server, such as Daphne.")
 
 
 async def conversation_events(

@@ -19,7 +19,7 @@ from django.views.decorators.http import require_POST, require_safe
 from . import protocol, turns
 from .conf import get_settings
 from .exceptions import ChatError, InvalidInputError, NotFoundError
-from .models import Conversation, Turn
+from .models import Conversation, Message, Turn
 
 if TYPE_CHECKING:
     from django.http import HttpRequest, HttpResponse
@@ -46,12 +46,16 @@ def conversation(request: HttpRequest, conversation_id: uuid.UUID) -> HttpRespon
 @login_required
 @require_POST
 async def new(request: HttpRequest) -> HttpResponse:
-    """Begin a conversation with the form's message."""
+    """Begin a conversation with the form's message. Sending the same form again leads to the first one."""
     user = await request.auser()
     try:
+        client_id = _client_id(request)
         text = protocol.clean_text(request.POST.get("text", ""), max_chars=get_settings().message_max_chars)
+        before = await Message.objects.filter(author_id=user.pk, client_id=client_id, parent=None).afirst()
+        if before is not None:
+            return redirect("streaming_chat:conversation", before.conversation_id)
         conversation_id = (await turns.create_conversation(user)).pk
-        await turns.start_turn(user, conversation_id, text=text, client_id=_client_id(request))
+        await turns.start_turn(user, conversation_id, text=text, client_id=client_id)
     except ChatError as error:
         return await _refuse(request, error)
     return redirect("streaming_chat:conversation", conversation_id)
@@ -73,10 +77,10 @@ async def send_form(request: HttpRequest, conversation_id: uuid.UUID) -> HttpRes
 
 
 def _client_id(request: HttpRequest) -> str:
-    client_id = request.POST.get("client_id", "")
-    if not client_id:
-        raise InvalidInputError("bad_field", field="client_id")
-    return client_id
+    try:
+        return str(uuid.UUID(request.POST.get("client_id", "")))
+    except ValueError:
+        raise InvalidInputError("bad_field", field="client_id") from None
 
 
 def _page(

@@ -98,6 +98,10 @@ class Screen:
     def text(self) -> str:
         return text_of(self.blocks) if self.turn else ""
 
+    async def until_text(self, text: str) -> None:
+        """Wait until the reply shows exactly ``text``."""
+        await self.until(lambda screen: screen.text == text)
+
     async def until(self, condition: Callable[[Self], object]) -> None:
         """Wait until this shows what ``condition`` asks for."""
         await eventually(lambda: self.error is not None or condition(self))

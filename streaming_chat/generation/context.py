@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from django.utils.crypto import salted_hmac
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from ..blocks import Block
 from ..conf import ChatSettings, get_settings
@@ -20,13 +20,13 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    max_tokens: Annotated[int, Field(ge=1)] = 1
+    max_tokens: Annotated[int, Field(ge=1, strict=True)] = 1
     thinking: dict[str, Any] | None = None
     effort: str | None = None
     stop_sequences: tuple[str, ...] = ()
-    send_user_id: bool = False
-    prompt_caching: bool = True
-    stream: bool = True
+    send_user_id: StrictBool = False
+    prompt_caching: StrictBool = True
+    stream: StrictBool = True
 
 
 def build_request(turn_id: uuid.UUID, provider: str) -> ProviderRequest:

@@ -100,7 +100,7 @@ class DemoProvider:
         Raises:
             ProviderError: The prompt asked for it.
         """
-        prompt = text_of(request.messages[-1].blocks) if request.messages else ""
+        prompt = text_of(request.messages[-1].blocks[-1:]) if request.messages else ""
         script = script_for(prompt, thinks=_wants_thinking(request.thinking, prompt))
         async with aclosing(self._perform(script, request, prompt)) as events:
             if request.stream:

@@ -226,14 +226,12 @@ async def test_a_prompt_that_can_not_be_stored_is_refused(
         ({"options": {"temperature": 1}}, "options.temperature"),
         ({"options": {"max_tokens": "many"}}, "options.max_tokens"),
         ({"options": {"max_tokens": 0}}, "options.max_tokens"),
-        ({"system_prompt": "a\x00b"}, "text"),
+        ({"system_prompt": "a\x00b"}, "system_prompt"),
         ({"model": "m" * 101}, "model"),
         ({"model": "a\x00b"}, "model"),
     ],
 )
-async def test_a_conversation_that_can_not_be_stored_is_refused(
-    chat: Chat, fields: dict[str, Any], field: str
-) -> None:
+async def test_a_conversation_that_can_not_be_stored_is_refused(chat: Chat, fields: dict[str, Any], field: str) -> None:
     before = await chat.counts()
     with pytest.raises(InvalidInputError) as refused:
         await chat.conversation(**fields)

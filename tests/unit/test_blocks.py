@@ -66,7 +66,8 @@ def plainly_applied(blocks: list[Block], op: Any) -> list[Block] | None:
 @given(st.lists(OPS, max_size=30))
 def test_folding_does_what_each_operation_says_and_a_misfit_changes_nothing(ops: list[Op]) -> None:
     given_ops = copy.deepcopy(ops)
-    builder, expected = BlockFold(), []
+    builder = BlockFold()
+    expected: list[Block] = []
     for op in ops:
         after = plainly_applied(expected, op)
         if after is None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +27,8 @@ def fitting_ops(draw: st.DrawFn) -> list[Op]:
         elif kind == "push":
             ops.append({"op": "push", "index": index, "field": "citations", "value": text})
         else:
-            fields = draw(st.sampled_from([{"text": text}, {"thinking": None}, {"citations": [text]}]))
+            changes: list[dict[str, Any]] = [{"text": text}, {"thinking": None}, {"citations": [text]}]
+            fields = draw(st.sampled_from(changes))
             ops.append({"op": "merge", "index": index, "fields": fields})
     return ops
 

@@ -179,3 +179,11 @@ async def test_it_explains_its_commands(prompt: str) -> None:
     _, blocks = await ask(prompt)
     assert all(command in text_of(blocks) for command in COMMANDS)
     assert all(name in text_of(blocks) for name in ERRORS)
+
+
+async def test_a_prompt_that_failed_before_is_not_played_again() -> None:
+    # An unanswered prompt and the next one are sent as one message.
+    blocks = [{"type": "text", "text": "/error provider_overloaded"}, {"type": "text", "text": "And now?"}]
+    merged = ProviderRequest(model="any", max_tokens=100_000, messages=[ProviderMessage(role="user", blocks=blocks)])
+    events = [event async for event in DemoProvider(words_per_second=math.inf).stream(merged)]
+    assert "> And now?" in text_of(folded(events))
