@@ -66,13 +66,10 @@ async def _stop() -> None:
     (Its ``kill_all_applications`` raises then.) A coroutine that is pending at the interpreter's exit can crash it.
     """
     from . import lifecycle  # noqa: PLC0415
+    from .loops import end_tasks  # noqa: PLC0415
 
     await lifecycle.stop()
-    left = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in left:
-        task.cancel()
-    if left:
-        await asyncio.wait(left, timeout=1.0)
+    await end_tasks(asyncio.all_tasks() - {asyncio.current_task()})
 
 
 def _hook_daphne() -> None:

@@ -26,7 +26,7 @@ from .conf import get_settings
 from .database import in_database
 from .exceptions import NotFoundError
 from .journal import get_journal, group_name
-from .loops import PerLoop
+from .loops import PerLoop, end_tasks
 from .models import Conversation, Turn
 from .protocol import Cursor, Frame, Verdict
 
@@ -407,10 +407,7 @@ class Hub:
         """Detach everybody and end the tasks."""
         for viewer in [viewer for viewers in self._viewers.values() for viewer in viewers]:
             viewer.close()
-        while tasks := list(self._tasks):
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks, timeout=1.0)  # and again: the layer's client can swallow a cancel
+        await end_tasks(self._tasks)
 
     # ---------------------------------------------------------------- inside
 
@@ -482,11 +479,14 @@ class Hub:
         if layer is None:
             return
         while True:
+            asked_at = time.monotonic()
             try:
                 message = await layer.receive(await self._own_channel(layer))
                 if message.get("type") == journal.MESSAGE_TYPE:
                     self._deliver(*journal.frame_of(message))
             except Exception as error:  # noqa: BLE001 - as in `_join`
+                if type(error).__name__ == "TimeoutError" and time.monotonic() - asked_at > LAYER_PAUSE_SECONDS:
+                    continue  # the client of the core layer gives up waiting after some seconds: nothing came
                 self._layer_failed = True
                 logger.warning("receiving from the channel layer failed: %s", type(error).__name__)
                 await asyncio.sleep(LAYER_PAUSE_SECONDS)

@@ -7,11 +7,29 @@ asyncio's primitives belong to one loop: so journal, hub, runner and provider st
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Generic, TypeVar
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 T = TypeVar("T")
+
+CANCEL_SECONDS: Final = 1.0
+CANCELS: Final = 10
+
+logger = logging.getLogger(__name__)
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel ``tasks`` and wait for their ends; again if one swallows it, as a library's task may, but not for ever."""
+    left = set(tasks)
+    for _ in range(CANCELS):
+        for task in left:
+            task.cancel()
+        if left:
+            _, left = await asyncio.wait(left, timeout=CANCEL_SECONDS)
+    for task in left:
+        logger.error("the task %r does not end", task.get_name())
 
 
 class PerLoop(Generic[T]):

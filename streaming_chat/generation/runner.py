@@ -19,7 +19,7 @@ from django.db import DatabaseError
 from ..conf import get_settings
 from ..database import in_database
 from ..journal import get_journal
-from ..loops import PerLoop
+from ..loops import PerLoop, end_tasks
 from ..models import Turn
 from ..providers import get_provider
 from . import lease
@@ -87,10 +87,7 @@ class Runner:
     async def close(self) -> None:
         """Cancel every task and wait for it. Running turns are left to recovery; see :meth:`drain`."""
         self.draining = True
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
 
     # ---------------------------------------------------------------- inside
 
