@@ -58,7 +58,10 @@ def channel_layer(url: str, kind: str) -> dict[str, Any]:
         "pubsub": "channels_redis.pubsub.RedisPubSubChannelLayer",
         "core": "channels_redis.core.RedisChannelLayer",
     }
-    return {"BACKEND": backends[kind], "CONFIG": {"hosts": [url], "prefix": "chat"}}
+    config: dict[str, Any] = {"hosts": [url], "prefix": "chat"}
+    if kind == "core":
+        config["capacity"] = 10_000  # per process; beyond it, and by default beyond 100, it drops without a word
+    return {"BACKEND": backends[kind], "CONFIG": config}
 
 
 DEBUG = env_flag("DEBUG")

@@ -21,6 +21,7 @@ from .generation.runner import CLAIM_SECONDS
 from .journal import RENEW_SECONDS
 from .providers import provider_class
 
+IN_MEMORY: Final = "channels.layers.InMemoryChannelLayer"
 TAG: Final = "streaming_chat"
 LEAST_LAYER_CAPACITY: Final = 1000
 """Messages; a layer of ``channels_redis.core`` drops what is beyond, for all viewers of a process together."""
@@ -59,11 +60,11 @@ def check_deployment(app_configs: Sequence[AppConfig] | None = None, **kwargs: A
         alias = _read_settings().channel_layer
     except ImproperlyConfigured:  # told by `check_settings`
         return []
-    if _layer(alias).get("BACKEND") != "channels.layers.InMemoryChannelLayer":
+    if _layer(alias).get("BACKEND", IN_MEMORY) != IN_MEMORY:
         return []
     return [
         checks.Info(
-            "The channel layer is in memory.",
+            "There is no channel layer, or it is in memory.",
             hint="That is right for one process. With several, use channels_redis.pubsub.RedisPubSubChannelLayer: "
             "otherwise a viewer in another process than the turn's sees the words in lumps, every few seconds.",
             id=f"{TAG}.I001",
@@ -224,12 +225,12 @@ def _check_seconds(chat: ChatSettings) -> Iterator[CheckMessage]:
 
 def _check_layer(chat: ChatSettings) -> Iterator[CheckMessage]:
     layer = _layer(chat.channel_layer)
-    if not layer:
+    named = chat.channel_layer != "default" or getattr(settings, "CHANNEL_LAYERS", {})
+    if not layer and named:  # a site without any layer is one process, and needs none
         yield _warning(
             "W003",
             f"CHANNEL_LAYERS has no {chat.channel_layer!r}.",
-            "Without it, a viewer in another process than the turn's sees the words in lumps, every few seconds. "
-            "For one process: {'BACKEND': 'channels.layers.InMemoryChannelLayer'}.",
+            "Without it, a viewer in another process than the turn's sees the words in lumps, every few seconds.",
         )
     config = layer.get("CONFIG", {})
     if layer.get("BACKEND") == "channels_redis.core.RedisChannelLayer":

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import orjson
+from django.db.models import prefetch_related_objects
 from django.utils.translation import gettext
 
 from . import journal, protocol
@@ -64,7 +65,7 @@ def conversation_form(conversation: Conversation, role: Role, *, running: bool) 
 
 
 def message_form(message: Message, turn: Turn | None = None, *, seq: int | None = None) -> MessageForm:
-    """A message as every transport shows it. Query it with ``select_related("author")``.
+    """A message as every transport shows it. Its author should be prefetched.
 
     Args:
         message: For the reply of an active turn, with the blocks that its journal holds so far.
@@ -148,7 +149,8 @@ def message_forms(messages: Sequence[Message]) -> list[MessageForm]:
 
 def read_page(conversation: Conversation, *, leaf_id: uuid.UUID | None, limit: int) -> tuple[list[MessageForm], bool]:
     """The last ``limit`` messages up to ``leaf_id``, oldest first, and whether there are earlier ones."""
-    messages = conversation.messages.select_related("author").path(leaf_id, limit=limit + 1)
+    messages = Message.objects.path(leaf_id, limit=limit + 1)
+    prefetch_related_objects(messages, "author")
     return message_forms(messages[-limit:]), len(messages) > limit
 
 

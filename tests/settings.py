@@ -27,3 +27,6 @@ else:
     CHANNEL_LAYERS["default"]["CONFIG"]["prefix"] = f"chat-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
 
 PASSWORD_HASHERS = ["tests.hashers.OneRoundHasher"]
+
+STATIC_ROOT = services.run_directory() / "static"
+STATIC_ROOT.mkdir(exist_ok=True)

@@ -328,7 +328,7 @@ async def chat_in_the_browser(page: Page, url: str) -> None:
 async def test_a_new_project_with_the_lines_of_the_readme_chats(
     project: Project, distributions: Distributions, page: Page
 ) -> None:
-    assert project.warnings() <= {"streaming_chat.W003", "streaming_chat.W005"}  # what the README says is worth adding
+    assert project.warnings() == {"streaming_chat.W005"}  # what the README says is worth adding
     project.manage("makemigrations", "--check", "--dry-run")
     with project.serve() as url:
         async with signed_in(url) as (session, headers):
@@ -358,7 +358,7 @@ async def test_a_site_with_sockets_and_database_options_of_its_own_keeps_them(pr
     )
     (options,) = (code for _, code in section("docs/howto/embed.md", "SQLite"))
     project.append("mysite/settings.py", options)
-    assert project.warnings() <= {"streaming_chat.W003"}
+    assert project.warnings() == set()
     with project.serve() as url:
         async with signed_in(url) as (session, headers):
             async with session.ws_connect(f"{url}/echo/", headers={"Origin": url}) as own:

@@ -124,10 +124,15 @@ def test_anthropic_without_a_key_is_w002(settings: Settings, monkeypatch: pytest
     assert ids() == []
 
 
-@pytest.mark.parametrize("layers", [{}, {"other": {"BACKEND": "channels.layers.InMemoryChannelLayer"}}])
-def test_a_missing_channel_layer_is_w003(settings: Settings, layers: dict[str, Any]) -> None:
-    settings.CHANNEL_LAYERS = layers
-    assert ids(deploy=True) == ["streaming_chat.W003"]
+def test_a_missing_channel_layer_is_w003(settings: Settings) -> None:
+    settings.CHANNEL_LAYERS = {"other": {"BACKEND": "channels.layers.InMemoryChannelLayer"}}
+    assert ids() == ["streaming_chat.W003"]
+
+
+def test_a_site_of_one_process_needs_no_channel_layer(settings: Settings) -> None:
+    settings.CHANNEL_LAYERS = {}
+    assert ids() == []
+    assert ids(deploy=True) == ["streaming_chat.I001"]
 
 
 def test_the_alias_of_the_settings_is_the_one_that_counts(settings: Settings) -> None:

@@ -13,7 +13,7 @@ from streaming_chat import checks, consumers, protocol
 from streaming_chat.conf import ChatSettings
 from streaming_chat.exceptions import TURN_ERRORS, ChatError, InvalidInputError
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 REFERENCE = {page.name: page.read_text() for page in sorted((DOCS / "reference").glob("*.md"))}
 
 
