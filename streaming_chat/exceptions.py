@@ -133,6 +133,7 @@ class ProviderError(ChatError):
         retryable: Whether asking again may help, as long as nothing of the answer was journaled.
         retry_after_seconds: What the provider asked us to wait; None if it did not say.
         request_id: The provider's own id of the request, for its support; None if there was no answer.
+        may_be_billed: Whether the provider may have worked on the request although no answer of it has come.
     """
 
     http_status = 502
@@ -144,11 +145,13 @@ class ProviderError(ChatError):
         retryable: bool = False,
         retry_after_seconds: float | None = None,
         request_id: str | None = None,
+        may_be_billed: bool = False,
     ) -> None:
         self.code = code
         self.sentence = TURN_ERRORS[code]
         self.retryable = retryable
         self.request_id = request_id
+        self.may_be_billed = may_be_billed
         super().__init__(retry_after_seconds=retry_after_seconds)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from typing import Any
+from typing import Any, Final
 
 from django.dispatch import Signal
+
+RECEIVER_SECONDS: Final = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -14,7 +17,13 @@ turn_finished = Signal()
 
 
 async def send(signal: Signal, **arguments: Any) -> None:
-    """Send ``signal`` to all receivers, whatever any of them does."""
-    for receiver, result in await signal.asend_robust(sender=None, **arguments):
+    """Send ``signal`` to all receivers, whatever any of them does; wait for them :data:`RECEIVER_SECONDS` at most."""
+    try:
+        async with asyncio.timeout(RECEIVER_SECONDS):
+            results = await signal.asend_robust(sender=None, **arguments)
+    except TimeoutError:
+        logger.error("a receiver of %r takes too long and is left alone", sorted(arguments))
+        return
+    for receiver, result in results:
         if isinstance(result, Exception):
             logger.error("receiver %r failed: %s", receiver, type(result).__name__)

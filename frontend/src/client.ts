@@ -5,12 +5,9 @@
  */
 
 import { Api, ApiError } from "./api.ts";
+import { Connector, DISCONNECTED, type ConnectionOptions, type ConnectionState } from "./connection.ts";
 import type { ChatEvent, ErrorForm, Snapshot } from "./protocol.ts";
 import { EMPTY, isActive, prepend, reduce, token, type ConversationState } from "./state.ts";
-import { openEvents, openSocket, type Opener, type Transport } from "./transport.ts";
-
-/** `waiting`: lost, and to be tried again. `signed_out` and `gone` are final until {@link ChatClient.wake}. */
-export type Connection = "idle" | "connecting" | "open" | "waiting" | "signed_out" | "gone";
 
 /** A prompt, or the wish for another answer, that the server has not shown to have yet. */
 export interface Outgoing {
@@ -25,10 +22,7 @@ export interface Outgoing {
   readonly error: ErrorForm | null;
 }
 
-export interface ChatState extends ConversationState {
-  readonly connection: Connection;
-  /** When the connection was lost or first asked for; null while it is there. */
-  readonly downSinceMs: number | null;
+export interface ChatState extends ConversationState, ConnectionState {
   /** In the order of sending. */
   readonly outbox: readonly Outgoing[];
   /** Stop was asked for, and the turn still runs. */
@@ -37,56 +31,23 @@ export interface ChatState extends ConversationState {
   readonly problem: ErrorForm | null;
 }
 
-export interface ClientOptions {
-  /** URL of the include of `streaming_chat.urls`, absolute, with a slash at its end. */
-  readonly endpoint: string;
-  readonly conversation: string;
+export interface ClientOptions extends ConnectionOptions {
   readonly csrfToken: () => string;
   /** What the page was rendered with; the server then sends only what came since. */
   readonly snapshot?: Snapshot | null;
-  /** Keeps unconfirmed prompts over a reload, and which transport works. */
-  readonly storage?: Pick<Storage, "getItem" | "setItem" | "removeItem">;
-  readonly openSocket?: Opener;
-  readonly openEvents?: Opener;
-  readonly random?: () => number;
 }
 
 export const ACK_DELTAS = 32;
 export const ACK_MS = 2_000;
 export const UNCONFIRMED_MS = 15_000;
 export const MAX_OUTBOX = 5;
-const OPEN_MS = 4_000;
-const FIRST_RETRY_MS = 300;
-const RETRY_BASE_MS = 500;
-const RETRY_CAP_MS = 15_000;
-const SOCKET_FAILURES = 2;
-const EVENTS_REMEMBERED_MS = 3_600_000;
-const TICK_MS = 1_000;
-const CLOCK_JUMP_MS = 10_000;
-const SILENCE_MS = 25_000;
-const SILENCE_RUNNING_MS = 5_000;
-const EVENTS_SILENCE_MS = 60_000;
-const PONG_MS = 3_000;
-const CLOSE_SIGNED_OUT = 4401;
-const CLOSE_NOT_FOUND = 4404;
 
 export class ChatClient {
   readonly api: Api;
   #state: ChatState;
   readonly #options: ClientOptions;
   readonly #listeners = new Set<(state: ChatState, event: ChatEvent | null) => void>();
-  #transport: Transport | null = null;
-  /** Grows with every connection, so that late news of an old one is ignored. */
-  #generation = 0;
-  #heard = false;
-  #attempt = 0;
-  #socketFailures = 0;
-  #retry: ReturnType<typeof setTimeout> | undefined;
-  #opening: ReturnType<typeof setTimeout> | undefined;
-  #ticking: ReturnType<typeof setInterval> | undefined;
-  #lastTickMs = 0;
-  #lastHeardMs = 0;
-  #pongDueMs = Infinity;
+  readonly #connector: Connector;
   #unacked = 0;
   #ackedAtMs = 0;
   #stoppingTurn = "";
@@ -94,10 +55,17 @@ export class ChatClient {
   constructor(options: ClientOptions) {
     this.#options = options;
     this.api = new Api(options.endpoint, options.csrfToken);
+    this.#connector = new Connector(options, this.api, {
+      after: () => (this.#state.conversation === null ? "" : token(this.#state.cursor)),
+      running: () => isActive(this.#state.turn),
+      changed: (state) => this.#set(state),
+      opened: () => this.#resendAll(),
+      event: (event) => this.#receive(event),
+      tick: (nowMs) => this.#tick(nowMs),
+    });
     this.#state = {
       ...EMPTY,
-      connection: "idle",
-      downSinceMs: null,
+      ...DISCONNECTED,
       outbox: this.#restoreOutbox(),
       stopping: false,
       problem: null,
@@ -117,37 +85,22 @@ export class ChatClient {
 
   /** Connect, and stay connected until {@link close}. */
   connect(): void {
-    if (this.#state.connection !== "idle") return;
-    this.#ticking ??= setInterval(() => this.#tick(), TICK_MS);
-    this.#lastTickMs = Date.now();
-    this.#open();
+    this.#connector.connect();
   }
 
   /** Disconnect. What was sent goes on; {@link connect} continues where this left off. */
   close(): void {
-    clearInterval(this.#ticking);
-    this.#ticking = undefined;
-    this.#drop();
-    this.#set({ connection: "idle", downSinceMs: null });
+    this.#connector.close();
   }
 
   /** Out of sight: give back an event stream, of which a browser allows a site only six. */
   hide(): void {
-    if (this.#transport?.kind === "events") this.close();
+    if (this.#connector.kind === "events") this.close();
   }
 
   /** Something may have changed (tab shown, network back): find out at once whether the connection still lives. */
   wake(): void {
-    const { connection } = this.#state;
-    if (connection === "idle" || connection === "gone") return;
-    this.#attempt = 0;
-    if (connection !== "open") {
-      if (connection !== "connecting") this.#open();
-    } else if (this.#transport?.kind === "socket") {
-      this.#ping();
-    } else {
-      this.#open();
-    }
+    this.#connector.wake();
   }
 
   /**
@@ -173,9 +126,10 @@ export class ChatClient {
     this.#flush();
   }
 
-  /** Forget an item that was not accepted. */
+  /** Forget an item that was not accepted; what waits behind it goes out. One that did arrive is answered anyway. */
   discard(clientId: string): void {
     this.#setOutbox(this.#state.outbox.filter((item) => item.clientId !== clientId));
+    this.#flush();
   }
 
   /** Stop the running turn, keeping its text. */
@@ -202,100 +156,9 @@ export class ChatClient {
     this.#set({ problem: null });
   }
 
-  // ------------------------------------------------------------------------------------------------ connection
-
-  #open(): void {
-    this.#drop();
-    const generation = this.#generation;
-    const kind = this.#prefersEvents() ? "events" : "socket";
-    const path = kind === "socket" ? "conversations/ID/socket/" : "api/conversations/ID/events";
-    const after = this.#state.conversation === null ? "" : `?after=${token(this.#state.cursor)}`;
-    const url = this.#options.endpoint + path.replace("ID", this.#options.conversation) + after;
-    const opener = kind === "socket" ? (this.#options.openSocket ?? openSocket) : (this.#options.openEvents ?? openEvents);
-    this.#heard = false;
-    this.#set({ connection: "connecting", downSinceMs: this.#state.downSinceMs ?? Date.now() });
-    this.#opening = setTimeout(() => this.#over(generation, 0), OPEN_MS);
-    this.#transport = opener(url, {
-      event: (event) => {
-        if (generation === this.#generation) this.#receive(event);
-      },
-      over: (code) => this.#over(generation, code),
-    });
-  }
-
-  #drop(): void {
-    this.#generation += 1;
-    clearTimeout(this.#retry);
-    clearTimeout(this.#opening);
-    this.#pongDueMs = Infinity;
-    this.#transport?.close();
-    this.#transport = null;
-  }
-
-  #over(generation: number, code: number): void {
-    if (generation !== this.#generation) return;
-    const { kind } = this.#transport ?? { kind: "socket" };
-    const heard = this.#heard;
-    this.#drop();
-    if (code === CLOSE_SIGNED_OUT) return this.#end("signed_out");
-    if (code === CLOSE_NOT_FOUND || this.#state.deleted) return this.#end("gone");
-    this.#set({ connection: "waiting", downSinceMs: this.#state.downSinceMs ?? Date.now() });
-    if (heard) this.#retryLater();
-    else void this.#findOut(kind);
-  }
-
-  /** Nothing came through: ask over HTTP whether it is the transport, the session, or everything. */
-  async #findOut(kind: Transport["kind"]): Promise<void> {
-    const generation = this.#generation;
-    let status = 200;
-    try {
-      await this.api.conversation(this.#options.conversation);
-    } catch (error) {
-      status = error instanceof ApiError ? error.status : 0;
-    }
-    if (generation !== this.#generation) return;
-    if (status === 401) return this.#end("signed_out");
-    if (status === 404) return this.#end("gone");
-    if (status === 200 && kind === "socket") {
-      this.#socketFailures += 1;
-      if (this.#socketFailures >= SOCKET_FAILURES) {
-        this.#options.storage?.setItem(EVENTS_KEY, String(Date.now() + EVENTS_REMEMBERED_MS));
-      }
-    }
-    this.#retryLater();
-  }
-
-  #retryLater(withinMs?: number): void {
-    const random = this.#options.random ?? Math.random;
-    const cap = this.#attempt === 0 ? FIRST_RETRY_MS : Math.min(RETRY_CAP_MS, RETRY_BASE_MS * 2 ** this.#attempt);
-    this.#attempt += 1;
-    clearTimeout(this.#retry);
-    this.#retry = setTimeout(() => this.#open(), random() * (withinMs ?? cap));
-  }
-
-  #end(connection: "signed_out" | "gone"): void {
-    this.#drop();
-    this.#set({ connection });
-  }
-
-  #prefersEvents(): boolean {
-    if (this.#options.storage === undefined) return this.#socketFailures >= SOCKET_FAILURES;
-    return Number(this.#options.storage.getItem(EVENTS_KEY) ?? 0) > Date.now();
-  }
-
   // ------------------------------------------------------------------------------------------------ events
 
   #receive(event: ChatEvent): void {
-    this.#lastHeardMs = Date.now();
-    this.#pongDueMs = Infinity;
-    if (!this.#heard) {
-      this.#heard = true;
-      clearTimeout(this.#opening);
-      this.#attempt = 0;
-      if (this.#transport?.kind === "socket") this.#socketFailures = 0;
-      this.#set({ connection: "open", downSinceMs: null });
-      this.#resendAll();
-    }
     switch (event.type) {
       case "accepted":
         this.#accepted(event.ref, event.duplicate);
@@ -303,12 +166,9 @@ export class ChatClient {
       case "error":
         this.#refused(event.ref, event);
         break;
-      case "reconnect":
-        this.#retryLater(event.within_seconds * 1000);
-        break;
       case "deleted":
         this.#apply(event);
-        this.#end("gone");
+        this.#connector.end("gone");
         break;
       case "pong":
         break;
@@ -321,10 +181,10 @@ export class ChatClient {
   #apply(event: ChatEvent): void {
     const [verdict, next] = reduce(this.#state, event, Date.now());
     if (verdict === "gap") {
-      if (this.#transport?.kind === "socket") {
-        this.#transport.send({ type: "resume", cursor: token(this.#state.cursor) });
-      } else if (this.#transport !== null) {
-        this.#open();
+      if (this.#connector.kind === "socket") {
+        this.#connector.send({ type: "resume", cursor: token(this.#state.cursor) });
+      } else if (this.#connector.kind !== null) {
+        this.#connector.reopen();
       }
       return;
     }
@@ -345,33 +205,13 @@ export class ChatClient {
     const { turn, seq } = this.#state.cursor;
     this.#unacked = 0;
     this.#ackedAtMs = Date.now();
-    if (turn && isActive(this.#state.turn)) this.#transport?.send({ type: "ack", turn_id: turn, seq });
+    if (turn && isActive(this.#state.turn)) this.#connector.send({ type: "ack", turn_id: turn, seq });
   }
 
-  #ping(): void {
-    if (this.#pongDueMs !== Infinity) return;
-    this.#pongDueMs = Date.now() + PONG_MS;
-    this.#transport?.send({ type: "ping" });
-  }
-
-  #tick(): void {
-    const now = Date.now();
-    const slept = now - this.#lastTickMs > CLOCK_JUMP_MS;
-    this.#lastTickMs = now;
-    if (slept) this.wake();
+  #tick(nowMs: number): void {
     const { connection, outbox, turn } = this.#state;
-    if (connection === "open") {
-      const silentMs = now - this.#lastHeardMs;
-      if (this.#transport?.kind === "events") {
-        if (silentMs > (isActive(turn) ? 2 * SILENCE_RUNNING_MS : EVENTS_SILENCE_MS)) this.#open();
-      } else if (now >= this.#pongDueMs) {
-        this.#over(this.#generation, 0);
-      } else if (silentMs > (isActive(turn) ? SILENCE_RUNNING_MS : SILENCE_MS)) {
-        this.#ping();
-      }
-      if (this.#unacked > 0 && now - this.#ackedAtMs >= ACK_MS) this.#ack();
-    }
-    const late = outbox.find((item) => item.status === "sending" && now - item.sinceMs >= UNCONFIRMED_MS);
+    if (connection === "open" && this.#unacked > 0 && nowMs - this.#ackedAtMs >= ACK_MS) this.#ack();
+    const late = outbox.find((item) => item.status === "sending" && nowMs - item.sinceMs >= UNCONFIRMED_MS);
     if (late !== undefined) this.#update(late.clientId, { status: "unconfirmed" });
     if (isActive(turn) || outbox.length > 0 || connection !== "open") this.#set({});
   }
@@ -406,8 +246,8 @@ export class ChatClient {
     const { clientId, kind, text, messageId } = item;
     this.#update(clientId, { status: "sending" });
     const ref = clientId;
-    if (this.#transport?.kind === "socket") {
-      this.#transport.send(
+    if (this.#connector.kind === "socket") {
+      this.#connector.send(
         kind === "send"
           ? { type: "send", ref, client_id: clientId, text }
           : { type: "regenerate", ref, client_id: clientId, message_id: messageId },
@@ -430,8 +270,8 @@ export class ChatClient {
 
   #sendStop(): void {
     const turnId = this.#stoppingTurn;
-    if (this.#transport?.kind === "socket") {
-      this.#transport.send({ type: "stop", ref: "stop", turn_id: turnId });
+    if (this.#connector.kind === "socket") {
+      this.#connector.send({ type: "stop", ref: "stop", turn_id: turnId });
       return;
     }
     this.api.stop(this.#options.conversation, turnId).catch((error: unknown) => {
@@ -450,10 +290,10 @@ export class ChatClient {
     const item = this.#state.outbox.find((item) => item.clientId === ref);
     if (code === "signed_out") {
       if (item !== undefined) this.#update(item.clientId, { status: "waiting" });
-      this.#end("signed_out");
+      this.#connector.end("signed_out");
     } else if (code === "draining" && item !== undefined) {
       this.#update(item.clientId, { status: "waiting" });
-      this.#over(this.#generation, 0);
+      this.#connector.lose();
     } else if (item?.kind === "send") {
       this.#update(item.clientId, { status: "refused", error: { code, detail } });
     } else {
@@ -498,7 +338,6 @@ export class ChatClient {
   }
 }
 
-const EVENTS_KEY = "streaming-chat:events-until";
 const OUTBOX_KEY = "streaming-chat:outbox:";
 
 function problemOf(error: unknown): ErrorForm {

@@ -93,11 +93,12 @@ export class Composer extends LitElement {
   }
 
   override render(): unknown {
-    const left = this.maxChars - this.text.length;
+    const count = charsOf(this.text);
+    const left = this.maxChars - count;
     const { strings } = this;
     const counter = left < 0 ? strings.too_long : strings.remaining;
     const name = !this.running ? strings.send : this.stopping ? strings.stopping : strings.stop;
-    const showCounter = this.text.length >= this.maxChars * COUNTER_SHARE;
+    const showCounter = count >= this.maxChars * COUNTER_SHARE;
     return html`
       <form class="composer" @submit=${this.#submit}>
         <textarea
@@ -125,7 +126,7 @@ export class Composer extends LitElement {
   }
 
   get #sendable(): boolean {
-    return this.text.trim() !== "" && this.text.length <= this.maxChars && !this.running && !this.full;
+    return this.text.trim() !== "" && charsOf(this.text) <= this.maxChars && !this.running && !this.full;
   }
 
   #input(): void {
@@ -164,6 +165,13 @@ export class Composer extends LitElement {
     // The host page sees our element, not a text box, so its one-key shortcuts would fire while one types.
     if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
   }
+}
+
+/** Characters as the server counts them: an emoji is one, although its length here is two. */
+function charsOf(text: string): number {
+  let count = 0;
+  for (const _ of text) count += 1;
+  return count;
 }
 
 const square = svg`<rect x="6" y="6" width="8" height="8" rx="1.5" />`;

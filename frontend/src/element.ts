@@ -14,8 +14,9 @@ import { repeat } from "lit/directives/repeat.js";
 import { announce, prepareAnnouncer } from "./announcer.ts";
 import { Api, ApiError } from "./api.ts";
 import styles from "./chat.css?inline";
-import { ChatClient, type ChatState, type Connection, type Outgoing } from "./client.ts";
+import { ChatClient, type ChatState, type Outgoing } from "./client.ts";
 import type { Composer } from "./composer.ts";
+import type { Connection } from "./connection.ts";
 import { Follow } from "./follow.ts";
 import { Markdown } from "./markdown.ts";
 import { assistantMessage, endingOf, userMessage, type MessageContext } from "./message.ts";
@@ -58,6 +59,8 @@ export class StreamingChat extends LitElement {
   declare maxChars: number;
   declare headingLevel: number;
 
+  #frame: Promise<void> | null = null;
+  #nextFrame: () => void = () => undefined;
   #client: ChatClient | null = null;
   #csrfToken = "";
   #leave: (() => void)[] = [];
@@ -109,10 +112,15 @@ export class StreamingChat extends LitElement {
     super.disconnectedCallback();
   }
 
-  /** At most one rendering per frame, and none while the tab is hidden. */
+  /** At most one rendering per frame, and none while the tab is hidden; a reply's first words do not wait. */
   protected override async scheduleUpdate(): Promise<void> {
-    if (this.hasUpdated) await new Promise(requestAnimationFrame);
+    if (this.hasUpdated && document.hidden) await new Promise(requestAnimationFrame);
+    await this.#frame;
     await super.scheduleUpdate();
+    this.#frame = new Promise((next) => {
+      this.#nextFrame = next;
+      requestAnimationFrame(() => next());
+    });
   }
 
   /** Put the cursor into the box to write in. */
@@ -190,9 +198,11 @@ export class StreamingChat extends LitElement {
       }
       this.#emit("chat-connection", { connection: state.connection });
     }
+    if (state.crowded && !before?.crowded) announce(this.#strings.too_many, "alert");
     if (state.problem && state.problem !== before?.problem) this.#complain(state.problem);
     const refused = state.outbox.find((item) => item.error && !before?.outbox.includes(item));
     if (refused?.error) this.#complain(refused.error);
+    if (event?.type === "delta" && event.first === 1) this.#nextFrame();
     if (event?.type === "turn") {
       this.#emit("chat-turn-start", { turn: event.turn });
       this.#say = { sentence: this.#strings.say_replying, atMs: Date.now() + SAY_REPLYING_MS };
@@ -311,7 +321,7 @@ export class StreamingChat extends LitElement {
         <button class="small" @click=${() => this.#client?.resend(clientId)}>${strings.resend}</button>
         ${item.status === "refused"
           ? html`<button class="small" @click=${() => this.#edit(clientId, text)}>${strings.edit}</button>`
-          : nothing}
+          : html`<button class="small" @click=${() => this.#discard(clientId)}>${strings.discard}</button>`}
       </div>`;
     }
     if (Date.now() - item.sinceMs < SENDING_AFTER_MS) return nothing;
@@ -357,9 +367,10 @@ export class StreamingChat extends LitElement {
     if (state.connection === "open" && Date.now() < this.#backUntilMs) {
       return html`<div class="strip ok" part="banner"><span>${strings.back}</span></div>`;
     }
-    if (state.downSinceMs === null || Date.now() - state.downSinceMs < STRIP_AFTER_MS) return nothing;
+    const downMs = state.downSinceMs === null ? 0 : Date.now() - state.downSinceMs;
+    if (downMs < STRIP_AFTER_MS && !state.crowded) return nothing;
     return html`<div class="strip warn" part="banner">
-      <span>${navigator.onLine ? strings.reconnecting : strings.offline}</span>
+      <span>${!navigator.onLine ? strings.offline : state.crowded ? strings.too_many : strings.reconnecting}</span>
       <button class="small" @click=${() => this.#client?.wake()}>${strings.reconnect}</button>
     </div>`;
   }
@@ -402,6 +413,11 @@ export class StreamingChat extends LitElement {
   #edit(clientId: string, text: string): void {
     this.#client?.discard(clientId);
     this.#composer.value?.insert(text);
+  }
+
+  #discard(clientId: string): void {
+    this.#client?.discard(clientId);
+    this.focus();
   }
 
   async #copy(message: MessageForm): Promise<void> {

@@ -7,7 +7,8 @@ import { keepTitles } from "./page.ts";
 import "./page.css";
 
 export { Api, ApiError } from "./api.ts";
-export { ChatClient, type ChatState, type ClientOptions, type Connection, type Outgoing } from "./client.ts";
+export { ChatClient, type ChatState, type ClientOptions, type Outgoing } from "./client.ts";
+export type { Connection } from "./connection.ts";
 export type * from "./protocol.ts";
 export { reduce, type ConversationState } from "./state.ts";
 export { StreamingChat };

@@ -144,6 +144,7 @@ export function endingOf(turn: TurnForm | null, blocks: readonly Block[], string
     case "completed":
       if (turn.stop_reason === "max_tokens") return { sentence: strings.max_tokens, bad: false };
       if (turn.stop_reason === "model_context_window_exceeded") return { sentence: strings.context_full, bad: false };
+      if (turn.stop_reason === "pause_turn") return { sentence: strings.pause_turn, bad: false };
       if (turn.stop_reason === "refusal") return { sentence: strings.refusal, bad: false };
       return textOf(blocks).trim() === "" ? { sentence: strings.empty, bad: false } : null;
     default:

@@ -42,6 +42,7 @@ export const STRINGS = {
   failed: "Something went wrong. What you see is saved.",
   max_tokens: "The reply reached its length limit.",
   context_full: "The conversation has become too long for the assistant.",
+  pause_turn: "The assistant paused here. Ask it to go on.",
   refusal: "The assistant declined to answer this.",
   empty: "The assistant had nothing to say.",
   retry: "Try again",
@@ -50,6 +51,7 @@ export const STRINGS = {
   tokens: "{count} tokens",
   about_tokens: "about {count} tokens",
   reconnecting: "Reconnecting. Your text is safe.",
+  too_many: "Too many windows are open. Close some; this one tries again by itself.",
   reconnect: "Reconnect now",
   back: "Back online",
   offline: "You are offline. Messages are sent when you are back.",
@@ -62,7 +64,6 @@ export const STRINGS = {
   say_replying: "The assistant is replying.",
   say_still: "Still replying.",
   say_done: "Reply complete.",
-  say_ended: "The reply has ended.",
   say_copied: "Copied to the clipboard.",
 };
 

@@ -193,6 +193,114 @@ describe("connecting", () => {
   });
 });
 
+describe("a server that sends us away", () => {
+  const restart: ChatEvent = { type: "reconnect", within_seconds: 4 };
+  const crowd: ChatEvent = { type: "error", ref: null, code: "rate_limited", detail: "Too many requests." };
+  /** How long it takes until the next connection is tried. */
+  const delay = async (): Promise<number> => {
+    const [count, before] = [lines.length, Date.now()];
+    while (lines.length === count) await vi.advanceTimersByTimeAsync(50);
+    return Date.now() - before;
+  };
+
+  it.each([0.05, 0.25, 0.5, 0.95])("is left for a share of the time it asked for, also when it closes at once: %d", async (random) => {
+    client({ random: () => random });
+    line().say(snapshotOf(), restart);
+    line().drop(4503);
+    expect(await delay()).toBe(random * 4_000);
+  });
+
+  it("is left for that time although the connection breaks before it is closed", async () => {
+    const chat = client();
+    line().say(snapshotOf(), restart);
+    line().drop(1006);
+    expect(chat.state.connection).toBe("waiting");
+    expect(await delay()).toBe(2_000);
+  });
+
+  it("is no reason to give up sockets, with or without a word before it closes", async () => {
+    const chat = client();
+    const seen: string[] = [];
+    chat.subscribe(({ connection }) => void seen.push(connection));
+    for (let attempt = 0; attempt < 4; attempt += 1) {
+      line().say(restart);
+      line().drop(4503);
+      expect(await delay()).toBe(2_000);
+      line().drop(4503);
+      await delay();
+    }
+    expect(new Set(lines.map(({ kind }) => kind))).toEqual(new Set(["socket"]));
+    expect(storage.size).toBe(0);
+    expect(requests).toEqual([]);
+    expect(new Set(seen)).toEqual(new Set(["waiting", "connecting"]));
+  });
+
+  it("is tried at once when somebody asks for that, and not a second time", async () => {
+    const chat = client();
+    line().say(snapshotOf(), restart);
+    line().drop(4503);
+    chat.wake();
+    expect(lines).toHaveLength(2);
+    line().say({ type: "pong", ref: null });
+    await vi.advanceTimersByTimeAsync(10_000);
+    expect(lines).toHaveLength(2);
+    chat.close();
+    await vi.advanceTimersByTimeAsync(60_000);
+    expect(lines).toHaveLength(2);
+  });
+
+  it("is spared by one window too many, which says so and is never open in between", async () => {
+    const chat = client({ random: () => 0 });
+    const seen: string[] = [];
+    chat.subscribe(({ connection }) => void seen.push(connection));
+    for (let attempt = 0; attempt < 3; attempt += 1) {
+      line().say(crowd);
+      line().drop(4429);
+      expect(chat.state).toMatchObject({ connection: "waiting", crowded: true, problem: null });
+      expect(await delay()).toBe(30_000);
+      expect(chat.state).toMatchObject({ connection: "connecting", crowded: true });
+    }
+    expect(new Set(seen)).toEqual(new Set(["waiting", "connecting"]));
+    expect(requests).toEqual([]);
+    line().say(snapshotOf());
+    expect(chat.state).toMatchObject({ connection: "open", crowded: false });
+  });
+
+  it("is given longer when it says so", async () => {
+    client();
+    line().say({ ...crowd, retry_after_seconds: 40 });
+    line().drop(4429);
+    expect(await delay()).toBe(50_000);
+    line().drop(4429);
+    expect(await delay()).toBe(37_500);
+  });
+
+  it("is spared also when it took offence at our commands, which are not too many windows", async () => {
+    const chat = client({ random: () => 0 });
+    line().say(snapshotOf(), crowd);
+    line().drop(4429);
+    expect(chat.state).toMatchObject({ crowded: false, problem: { code: "rate_limited" } });
+    expect(await delay()).toBe(30_000);
+  });
+
+  it("is asked less and less often until a connection has lasted", async () => {
+    client();
+    for (const expected of [150, 500, 1_000, 2_000]) {
+      line().say(snapshotOf());
+      line().drop();
+      expect(await delay()).toBe(expected);
+    }
+    line().say(snapshotOf());
+    await vi.advanceTimersByTimeAsync(4_999);
+    line().drop();
+    expect(await delay()).toBe(4_000);
+    line().say(snapshotOf());
+    await vi.advanceTimersByTimeAsync(5_000);
+    line().drop();
+    expect(await delay()).toBe(150);
+  });
+});
+
 describe("following", () => {
   it("asks for what is missing after a gap", () => {
     const chat = client();
@@ -310,6 +418,23 @@ describe("sending", () => {
     await vi.advanceTimersByTimeAsync(UNCONFIRMED_MS + 1_000);
     clearInterval(pongs);
     expect(chat.state.outbox).toMatchObject([{ clientId: id, status: "unconfirmed" }]);
+  });
+
+  it("forgets a prompt that is not confirmed, and sends what waited behind it", async () => {
+    const chat = client();
+    line().say(snapshotOf());
+    const id = chat.send("Hello")!;
+    const next = chat.send("World")!;
+    const pongs = setInterval(() => line().say({ type: "pong", ref: null }), 1_000);
+    await vi.advanceTimersByTimeAsync(UNCONFIRMED_MS + 1_000);
+    clearInterval(pongs);
+    expect(line().sent("send").map((command) => command.text)).toEqual(["Hello"]);
+    chat.discard(id);
+    expect(line().sent("send").map((command) => command.text)).toEqual(["Hello", "World"]);
+    expect(chat.state.outbox).toMatchObject([{ clientId: next, status: "sending" }]);
+    expect(client().state.outbox).toMatchObject([{ clientId: next }]);
+    line().say(snapshotOf(), turnEvent(1, "a", null, id));
+    expect(chat.state.problem).toBeNull();
   });
 
   it("keeps the prompt when the session has ended, and sends it after signing in", async () => {

@@ -57,6 +57,7 @@ class AnthropicProvider:
     def __init__(self, settings: ChatSettings | None = None) -> None:
         self._settings = settings or get_settings()
         self._client: anthropic.AsyncAnthropic | None = None
+        self._farewell: AsyncGenerator[None, None] | None = None
 
     async def stream(self, request: ProviderRequest) -> AsyncGenerator[ProviderEvent, None]:
         """Ask once and yield what comes.
@@ -77,7 +78,7 @@ class AnthropicProvider:
                     yield event
                 return
             if not response.headers.get("content-type", "").lower().startswith("text/event-stream"):
-                raise ProviderError("provider_error", retryable=True, request_id=request_id or None)
+                raise _no_answer(request_id)
             async with aclosing(_read_chunks(response, reader)) as chunks:
                 async for chunk in chunks:
                     for event in reader.feed(chunk):
@@ -85,7 +86,7 @@ class AnthropicProvider:
                             await _read_rest(chunks)
                         yield event
             if not reader.began:
-                raise ProviderError("provider_error", retryable=True, request_id=request_id or None)
+                raise _no_answer(request_id)
         finally:
             with suppress(Exception):
                 await answer.close()
@@ -96,10 +97,20 @@ class AnthropicProvider:
         if client is not None:
             await client.close()
 
+    async def _until_the_loop_ends(self) -> AsyncGenerator[None, None]:
+        """Close the connections when the event loop does: loops close their generators, and know nothing of us."""
+        try:
+            yield
+        finally:
+            await self.aclose()
+
     async def _ask(self, request: ProviderRequest) -> anthropic.AsyncStream[object]:
         body, headers = request_body(request), request_headers(request)
         try:
             client = self._connected()
+            if self._farewell is None:
+                self._farewell = self._until_the_loop_ends()
+                await anext(self._farewell)
             if client.api_key is None and client.auth_token is None and client.credentials is None:
                 raise ProviderError("provider_auth")
             # ``stream`` is about the response's body here, which is read by us either way.
@@ -120,7 +131,7 @@ class AnthropicProvider:
             failure = ProviderError(code)
             _log(error, failure)
         except Exception as error:  # noqa: BLE001 - of the SDK, its two HTTP libraries, TLS or the network
-            failure = ProviderError("provider_unreachable", retryable=True)
+            failure = ProviderError("provider_unreachable", retryable=True, may_be_billed=not _never_connected(error))
             _log(error, failure)
         # Outside of the handlers: what they caught may hold the prompt or the key.
         raise failure
@@ -175,14 +186,34 @@ async def _read_whole(response: Response) -> bytes:
                     break
             else:
                 return bytes(body)
-        failure = ProviderError("provider_error", request_id=response.headers.get("request-id"))
+        failure = ProviderError("provider_error", request_id=response.headers.get("request-id"), may_be_billed=True)
     except Exception as error:  # noqa: BLE001 - as above
-        failure = _broken(response, error)
+        # The whole answer was made before its first byte came, so asking again would be billed again.
+        failure = _broken(response, error, retryable=False)
     raise failure
 
 
-def _broken(response: Response, error: Exception) -> ProviderError:
-    failure = ProviderError("provider_unreachable", retryable=True, request_id=response.headers.get("request-id"))
+def _no_answer(request_id: str) -> ProviderError:
+    """The failure of a response that is no answer: a proxy's page, or nothing at all."""
+    return ProviderError("provider_error", retryable=True, request_id=request_id or None, may_be_billed=True)
+
+
+def _never_connected(error: BaseException | None) -> bool:
+    """Whether the request did not reach anybody, by the names that the HTTP libraries share."""
+    while error is not None:
+        if type(error).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _broken(response: Response, error: Exception, *, retryable: bool = True) -> ProviderError:
+    failure = ProviderError(
+        "provider_unreachable",
+        retryable=retryable,
+        request_id=response.headers.get("request-id"),
+        may_be_billed=True,
+    )
     _log(error, failure)
     return failure
 

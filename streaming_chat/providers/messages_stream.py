@@ -244,7 +244,12 @@ class MessageStream:
 
     def _malformed(self) -> ProviderError:
         # An answer that has begun is paid for, and would go wrong again.
-        return ProviderError("provider_error", retryable=not self.began, request_id=self._request_id or None)
+        return ProviderError(
+            "provider_error",
+            retryable=not self.began,
+            request_id=self._request_id or None,
+            may_be_billed=True,
+        )
 
 
 class _OpenBlock:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from ..exceptions import STOP_REASONS
+
 
 def _(sentence: str) -> str:
     """Mark ``sentence`` for translation; the template tag translates it."""
@@ -54,9 +56,10 @@ STRINGS: Final[dict[str, str]] = {
     "interrupted": _("The reply was interrupted. What you see is saved."),
     "timed_out": _("The reply took too long and was ended. What you see is saved."),
     "failed": _("Something went wrong. What you see is saved."),
-    "max_tokens": _("The reply reached its length limit."),
-    "context_full": _("The conversation has become too long for the assistant."),
-    "refusal": _("The assistant declined to answer this."),
+    "max_tokens": STOP_REASONS["max_tokens"],
+    "context_full": STOP_REASONS["model_context_window_exceeded"],
+    "pause_turn": STOP_REASONS["pause_turn"],
+    "refusal": STOP_REASONS["refusal"],
     "empty": _("The assistant had nothing to say."),
     "retry": _("Try again"),
     "copy": _("Copy"),
@@ -65,6 +68,7 @@ STRINGS: Final[dict[str, str]] = {
     "about_tokens": _("about {count} tokens"),
     # the connection
     "reconnecting": _("Reconnecting. Your text is safe."),
+    "too_many": _("Too many windows are open. Close some; this one tries again by itself."),
     "reconnect": _("Reconnect now"),
     "back": _("Back online"),
     "offline": _("You are offline. Messages are sent when you are back."),
@@ -78,6 +82,5 @@ STRINGS: Final[dict[str, str]] = {
     "say_replying": _("The assistant is replying."),
     "say_still": _("Still replying."),
     "say_done": _("Reply complete."),
-    "say_ended": _("The reply has ended."),
     "say_copied": _("Copied to the clipboard."),
 }

@@ -15,7 +15,7 @@ from django.utils.translation import gettext
 from .. import snapshot
 from ..blocks import text_of
 from ..conf import get_settings
-from ..exceptions import NotFoundError
+from ..exceptions import STOP_REASONS, NotFoundError
 from ..models import Conversation
 from .element_strings import STRINGS
 
@@ -113,6 +113,6 @@ def _ending(status: str, stop_reason: str, error: Any) -> str:
     """How the turn ended, where that needs words: as the element says it."""
     if status in ("interrupted", "timed_out", "failed"):
         return str(error["detail"]) if error else gettext(STRINGS[status])
-    reason = "context_full" if stop_reason == "model_context_window_exceeded" else stop_reason
-    key = status if status == "stopped" else reason if reason in ("max_tokens", "context_full", "refusal") else ""
-    return gettext(STRINGS[key]) if key else ""
+    if status == "stopped":
+        return gettext(STRINGS[status])
+    return gettext(STOP_REASONS[stop_reason]) if stop_reason in STOP_REASONS else ""

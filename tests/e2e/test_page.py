@@ -12,7 +12,7 @@ from django.contrib.auth import get_user_model
 from django.test import AsyncClient
 from playwright.async_api import expect
 
-from streaming_chat.models import Conversation, Message, Participant
+from streaming_chat.models import Conversation, Message, Participant, Turn
 from tests import services
 
 if TYPE_CHECKING:
@@ -199,6 +199,64 @@ async def test_events_take_over_where_sockets_are_blocked(site: services.Site, p
     await expect(log(page).get_by_text("This reply was stopped.")).to_be_visible()
 
 
+async def test_one_window_too_many_says_so_and_tries_again_when_told(
+    site: services.Site, page: Page, ada: User
+) -> None:
+    crowded = True
+    opened = 0
+
+    async def refuse(socket: WebSocketRoute) -> None:
+        nonlocal opened
+        opened += 1
+        if not crowded:
+            socket.connect_to_server()
+            return
+        socket.send('{"type":"error","ref":null,"code":"rate_limited","detail":"Too many requests."}')
+        await socket.close(code=4429)
+
+    await open_chat(page, site, ada)
+    await replied(page, "Mine")
+    await page.route_web_socket(re.compile("/socket/"), refuse)
+    await page.reload()
+    sentence = page.locator(".strip", has_text="Too many windows are open. Close some; this one tries again by itself.")
+    await expect(sentence).to_be_visible()
+    await expect(page.locator(".strip", has_text="Too many requests.")).to_have_count(0)
+    await expect(replies(page)).to_contain_text("Hello from the demo")
+    assert await violations(page) == []
+    crowded = False
+    assert opened == 1
+    await page.get_by_role("button", name="Reconnect now").click()
+    await expect(sentence).to_have_count(0)
+    await replied(page, "More")
+
+
+async def test_a_message_that_is_not_confirmed_can_be_discarded(site: services.Site, page: Page, ada: User) -> None:
+    def swallow(socket: WebSocketRoute) -> None:
+        server = socket.connect_to_server()
+
+        def forward(frame: str | bytes) -> None:
+            if '"type":"send"' not in str(frame):
+                server.send(frame)
+
+        socket.on_message(forward)
+
+    await page.clock.install()
+    await open_chat(page, site, ada)
+    await replied(page, "One")
+    await page.route_web_socket(re.compile("/socket/"), swallow)
+    await page.reload()
+    await send(page, "Two")
+    await page.clock.fast_forward(16_000)
+    await expect(log(page).get_by_text("Not confirmed yet.")).to_be_visible()
+    assert await violations(page) == []
+    await page.get_by_role("button", name="Discard").click()
+    await expect(page.locator(".bubble")).to_have_text(["One"])
+    await expect(box_of(page)).to_be_focused()
+    await page.reload()
+    await expect(page.locator(".bubble")).to_have_text(["One"])
+    assert await Message.objects.acount() == 2
+
+
 @pytest.mark.parametrize(
     ("prompt", "sentence", "button"),
     [
@@ -219,6 +277,23 @@ async def test_every_end_has_its_words(
     await page.reload()
     await expect(ending).to_contain_text(sentence)
     assert await violations(page) == []
+
+
+@pytest.mark.parametrize(
+    ("stop_reason", "sentence"),
+    [
+        ("model_context_window_exceeded", "The conversation has become too long for the assistant."),
+        ("pause_turn", "The assistant paused here. Ask it to go on."),
+    ],
+)
+async def test_ends_that_only_a_real_provider_has_have_their_words(
+    site: services.Site, page: Page, ada: User, stop_reason: str, sentence: str
+) -> None:
+    await open_chat(page, site, ada)
+    await replied(page, "Something short")
+    assert await Turn.objects.aupdate(stop_reason=stop_reason) == 1
+    await page.reload()
+    await expect(page.locator(".ending")).to_have_text(sentence)
 
 
 async def test_a_silent_reply_shows_elapsed_seconds(site: services.Site, page: Page, ada: User) -> None:
@@ -250,6 +325,17 @@ async def test_the_box_keeps_what_is_typed_and_sends_only_when_told(site: servic
     assert await Message.objects.filter(role="user").acount() == 1
     await page.reload()
     await expect(box).to_have_value("")
+
+
+async def test_the_counter_counts_characters_as_the_server_does(site: services.Site, page: Page, ada: User) -> None:
+    await open_chat(page, site, ada)
+    button = page.get_by_role("button", name="Send")
+    await box_of(page).fill("👋" * 31_990)
+    await expect(page.locator(".counter")).to_have_text("10 characters left")
+    await expect(button).to_have_attribute("aria-disabled", "false")
+    await box_of(page).fill("👋" * 32_001)
+    await expect(page.locator(".counter")).to_have_text("1 characters too many")
+    await expect(button).to_have_attribute("aria-disabled", "true")
 
 
 async def test_the_view_follows_only_a_reader_who_is_at_the_end(site: services.Site, page: Page, ada: User) -> None:

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from streaming_chat import turns
+from streaming_chat import signals, turns
 from streaming_chat.database import close_threads
+from streaming_chat.generation.runner import get_runner
 from streaming_chat.models import JournalEntry, UsageRecord
 from streaming_chat.models import Turn as TurnRow
+from streaming_chat.signals import turn_finished
 from tests import providers
+from tests.integration.conftest import Chat
 from tests.providers import Script
+from tests.screen import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,3 +45,34 @@ def test_a_loop_that_ends_early_keeps_the_text_at_once(ann: User, script: Script
     assert turn.reply.text == "Hello "
     assert turn.end_seq == JournalEntry.objects.filter(turn=turn).count()
     assert list(UsageRecord.objects.filter(turn=turn).values_list("quality", flat=True)) == ["estimated"]
+
+
+def test_a_reply_is_returned_when_nothing_is_left_to_do(ann: User, script: Script, fast: Callable[..., None]) -> None:
+    heard: list[str] = []
+
+    async def listen(*, status: str, **_: object) -> None:
+        await asyncio.sleep(0.05)
+        heard.append(status)
+
+    turn_finished.connect(listen)
+    try:
+        reply = asyncio.run(turns.stream_reply(ann, "Hi"))
+    finally:
+        turn_finished.disconnect(listen)
+        close_threads()
+    assert (reply.status, reply.text) == ("completed", "Hello")
+    assert heard == ["completed"]
+
+
+async def test_a_receiver_that_never_returns_holds_nothing_up(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hang(**_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(signals, "RECEIVER_SECONDS", 0.05)
+    turn_finished.connect(hang)
+    try:
+        started = await chat.send(await chat.conversation())
+        assert (await chat.ended(started.id)).status == "completed"
+        await eventually(lambda: get_runner().running == 0)
+    finally:
+        turn_finished.disconnect(hang)
