@@ -7,22 +7,21 @@ import logging
 import time
 import uuid
 from contextlib import ExitStack
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import parse_qsl
 
-from channels.auth import get_user
 from channels.generic.websocket import AsyncWebsocketConsumer
-from django.conf import settings as django_settings
 from django.db import DatabaseError
 from django.utils.translation import gettext
 
 from . import limits, protocol, turns
 from .conf import get_settings
+from .database import in_database
 from .exceptions import ChatError, InvalidInputError, RateLimitedError, SignedOutError
 from .generation.runner import get_runner
 from .hub import CLOSED, ConversationViewer, Sent, get_hub
 from .protocol import Ack, Command, Cursor, Ping, Regenerate, Resume, Send, Stop
+from .sessions import identity
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -88,7 +87,7 @@ class ChatConsumer(AsyncWebsocketConsumer):
         self._conversation_id: uuid.UUID = self.scope["url_route"]["kwargs"]["conversation_id"]
         await self.accept()
         if get_runner().draining:
-            return await self.close(CLOSE_RESTART)
+            return await self._dismiss()
         if not self._user.is_authenticated:
             return await self.close(CLOSE_SIGNED_OUT)
         try:
@@ -102,9 +101,11 @@ class ChatConsumer(AsyncWebsocketConsumer):
         self._free_commands = limits.Rate(settings.commands_per_minute * FREE_COMMANDS_FACTOR, now=now)
         self._resumes = limits.Rate(RESUMES_PER_MINUTE, now=now)
         self._strikes = 0
+        self._frame_limit_bytes = protocol.frame_limit_bytes(settings.message_max_chars)
         query = dict(parse_qsl(self.scope.get("query_string", b"").decode("latin-1")))
         after = Cursor.parse(query.get("after", ""))
-        self._viewer = get_hub().watch(self._conversation_id, self._user, after)
+        self._identity = identity(self._user, self.scope.get("session"))
+        self._viewer = get_hub().watch(self._conversation_id, self._identity, after)
         self._viewer.needs_acks = True
         get_hub().pump(self._viewer, self._show)
         return None
@@ -127,7 +128,7 @@ class ChatConsumer(AsyncWebsocketConsumer):
             try:
                 if text_data is None:
                     raise InvalidInputError("binary_unsupported")
-                document = protocol.load_json(text_data)
+                document = protocol.load_json(text_data, limit_bytes=self._frame_limit_bytes)
                 ref = protocol.ref_of(document)
                 command = protocol.command_of(document)
                 if isinstance(command, Ack | Ping):
@@ -187,17 +188,12 @@ class ChatConsumer(AsyncWebsocketConsumer):
                 await self._accepted(command)
 
     async def _check_session(self) -> None:
-        """Ask the session again who this is, as it may have ended since the socket was opened.
+        """Ask again who this is.
 
         Raises:
-            SignedOutError: It has, or it belongs to somebody else now.
+            SignedOutError: The session has ended, or belongs to somebody else now.
         """
-        session = self.scope.get("session")
-        if session is None:
-            return
-        store = import_module(django_settings.SESSION_ENGINE).SessionStore
-        user = await get_user({**self.scope, "session": store(session.session_key)})
-        if not user.is_authenticated or user.pk != self._user.pk:
+        if not (await in_database(self._identity)).is_authenticated:
             raise SignedOutError
 
     async def _show(self, sent: Sent) -> None:
@@ -213,6 +209,8 @@ class ChatConsumer(AsyncWebsocketConsumer):
             await self.send(text_data=sent.json)
         if sent.kind == "deleted":
             await self._end(CLOSE_NOT_FOUND)
+        elif sent.kind == "error":
+            await self._end(CLOSE_SIGNED_OUT)
 
     async def _dismiss(self) -> None:
         """Ask the browser to come back; without a word, it would see a lost network."""

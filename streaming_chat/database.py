@@ -23,7 +23,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 WORK_THREADS: Final = 4
-WORK_ATTEMPTS: Final = 3
+WORK_ATTEMPTS: Final = 6
+"""With the pauses between them, about three seconds: SQLite without its options refuses at once what it could queue."""
 
 logger = logging.getLogger(__name__)
 

@@ -181,3 +181,11 @@ TURN_ERRORS: Final[dict[str, str]] = {
     "internal_error": ChatError.sentence,
 }
 """Why a turn did not complete: the code stored on it, and the sentence a person reads."""
+
+STOP_REASONS: Final[dict[str, str]] = {
+    "max_tokens": _("The reply reached its length limit."),
+    "model_context_window_exceeded": _("The conversation has become too long for the assistant."),
+    "pause_turn": _("The assistant paused here. Ask it to go on."),
+    "refusal": _("The assistant declined to answer this."),
+}
+"""Why a completed reply ends where a person would not expect it; a stop reason that is not here needs no words."""

@@ -24,7 +24,7 @@ from django.db import DatabaseError
 from . import journal, protocol, snapshot
 from .conf import get_settings
 from .database import in_database
-from .exceptions import NotFoundError
+from .exceptions import NotFoundError, SignedOutError
 from .journal import get_journal, group_name
 from .loops import PerLoop, end_tasks
 from .models import Conversation, Turn
@@ -264,13 +264,15 @@ class ConversationViewer(Viewer):
     Args:
         hub: The running loop's.
         conversation_id: May be one that does not exist; that is then the first event.
-        user: Whose rights are checked at every read.
+        identity: Says whose rights count now; asked at every read, in a database thread.
         cursor: Where an earlier viewer stood; None for a snapshot.
     """
 
-    def __init__(self, hub: Hub, conversation_id: uuid.UUID, user: AnyUser, cursor: Cursor | None = None) -> None:
+    def __init__(
+        self, hub: Hub, conversation_id: uuid.UUID, identity: Callable[[], AnyUser], cursor: Cursor | None = None
+    ) -> None:
         super().__init__(hub, conversation_id)
-        self._user = user
+        self._identity = identity
         self._fresh = cursor is None
         self.cursor = cursor or Cursor()
 
@@ -296,12 +298,13 @@ class ConversationViewer(Viewer):
     async def _reread(self) -> list[Sent]:
         before = self.cursor
         try:
-            found = await in_database(
-                snapshot.catch_up, self.conversation_id, self._user, None if self._fresh else before
-            )
+            found = await in_database(self._catch_up, None if self._fresh else before)
         except NotFoundError:
             self._closed = True
             return [Sent("deleted", protocol.encode({"type": "deleted"}))]
+        except SignedOutError as error:
+            self._closed = True
+            return [Sent("error", protocol.encode(protocol.problem(error)))]
         if self.cursor is not before:  # `resume` came in between, and is read next
             return []
         self._fresh = False
@@ -313,6 +316,12 @@ class ConversationViewer(Viewer):
             self._began(found.elapsed_seconds)
             self._activity = activity
         return [] if found.frame is None else [Sent(found.frame.kind, found.frame.json, self.cursor.token())]
+
+    def _catch_up(self, cursor: Cursor | None) -> snapshot.CatchUp:
+        user = self._identity()
+        if not user.is_authenticated:
+            raise SignedOutError
+        return snapshot.catch_up(self.conversation_id, user, cursor)
 
 
 class TurnViewer(Viewer):
@@ -365,7 +374,9 @@ class Hub:
         self._joining: dict[uuid.UUID, asyncio.Task[None]] = {}
         self._channel: str | None = None
         self._naming = asyncio.Lock()
+        self._unjoined: dict[uuid.UUID, None] = {}
         self._layer_failed = False
+        self._positioned_at = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._started = False
 
@@ -374,9 +385,11 @@ class Hub:
         """How many viewers this process has."""
         return sum(len(viewers) for viewers in self._viewers.values())
 
-    def watch(self, conversation_id: uuid.UUID, user: AnyUser, cursor: Cursor | None = None) -> ConversationViewer:
+    def watch(
+        self, conversation_id: uuid.UUID, identity: Callable[[], AnyUser], cursor: Cursor | None = None
+    ) -> ConversationViewer:
         """A viewer of a conversation; it attaches when its events are first asked for."""
-        return ConversationViewer(self, conversation_id, user, cursor)
+        return ConversationViewer(self, conversation_id, identity, cursor)
 
     def follow(self, conversation_id: uuid.UUID, turn_id: uuid.UUID) -> TurnViewer:
         """A viewer of one turn, from its beginning. The caller has checked the rights."""
@@ -453,8 +466,18 @@ class Hub:
             async with asyncio.timeout(LAYER_TIMEOUT_SECONDS):
                 await layer.group_add(group_name(str(conversation_id)), await self._own_channel(layer))
         except Exception as error:  # noqa: BLE001 - the layer's client can raise anything; polling replaces it
-            self._layer_failed = True
+            self._unjoined[conversation_id] = None
             logger.warning("joining a group failed, polling instead: %s", type(error).__name__)
+
+    async def _rejoin(self) -> None:
+        """Join what is to be joined again, up to the first failure: where one join hangs, all would, one by one."""
+        for conversation_id in list(self._unjoined):
+            del self._unjoined[conversation_id]
+            if conversation_id in self._viewers:
+                await self._join(conversation_id)
+            if conversation_id in self._unjoined:
+                break
+        self._positioned_at = 0.0  # what was sent while this process was in no group is read at the next beat
 
     async def _leave(self, conversation_id: uuid.UUID) -> None:
         layer = get_channel_layer(get_settings().channel_layer)
@@ -471,7 +494,8 @@ class Hub:
     async def _own_channel(self, layer: Any) -> str:
         async with self._naming:
             if self._channel is None:
-                self._channel = await layer.new_channel("streaming_chat_hub")
+                async with asyncio.timeout(LAYER_TIMEOUT_SECONDS):
+                    self._channel = await layer.new_channel("streaming_chat_hub")
             return self._channel
 
     async def _receive(self) -> None:
@@ -492,7 +516,8 @@ class Hub:
                 await asyncio.sleep(LAYER_PAUSE_SECONDS)
 
     async def _beat(self) -> None:
-        positioned_at = joined_at = time.monotonic()
+        self._positioned_at = joined_at = time.monotonic()
+        rejoining: asyncio.Task[None] | None = None
         while True:
             await asyncio.sleep(get_settings().progress_seconds)
             now = time.monotonic()
@@ -500,11 +525,12 @@ class Hub:
                 viewer.beat(now)
             if now - joined_at > REJOIN_SECONDS or self._layer_failed:
                 joined_at, self._layer_failed = now, False
-                for conversation_id in list(self._viewers):
-                    await self._join(conversation_id)
-                positioned_at = 0.0
-            if self._viewers and now - positioned_at >= get_settings().positioning_seconds:
-                positioned_at = now
+                self._unjoined.update(dict.fromkeys(self._viewers))
+            if self._unjoined and (rejoining is None or rejoining.done()):
+                # A task of its own: progress, heartbeats and positions never wait for the layer.
+                rejoining = self._own(self._rejoin(), name="hub: rejoin")
+            if self._viewers and now - self._positioned_at >= get_settings().positioning_seconds:
+                self._positioned_at = now
                 await self._position()
 
     async def _position(self) -> None:

@@ -21,6 +21,7 @@ from .generation.runner import get_runner
 from .hub import HEARTBEAT, Viewer, get_hub
 from .models import Turn
 from .protocol import Cursor
+from .sessions import identity
 from .turns import StartedTurn
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ async def conversation_events(
     cursor = Cursor.parse(request.headers.get("Last-Event-ID") or after or "")
     await in_database(_check, user, conversation_id, cursor)
     admit(request, user)
-    return await _respond(user, get_hub().watch(conversation_id, user, cursor))
+    return await _respond(
+        user, get_hub().watch(conversation_id, identity(user, getattr(request, "session", None)), cursor)
+    )
 
 
 async def turn_events(user: AnyUser, started: StartedTurn) -> StreamingHttpResponse:

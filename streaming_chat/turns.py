@@ -283,6 +283,9 @@ class ReplyStream:
                     await stop_turn(self._user, self.started.conversation_id, self.started.id)
                 if sent.json:
                     event = orjson.loads(sent.json)
+                    if event["type"] == "finished":
+                        # The caller may end its event loop next, and with it whatever is still to be done.
+                        await get_runner().settled(self.started.id)
                     yield event, self._note(event)
 
     def _note(self, event: dict[str, Any]) -> str:
@@ -401,31 +404,35 @@ def _accept_prompt(
             raise ConflictError
         return turn, [], True
     _refuse_if_busy(conversation)
-    if parent_id is None:
-        parent = conversation.leaf
-    elif parent_id == "root":
-        parent = None
-    else:
-        parent = Message.objects.filter(conversation=conversation, pk=parent_id).first()
-        if parent is None:
-            raise NotFoundError
-        if parent.role != Message.Role.ASSISTANT:
-            raise ForbiddenError(field="parent_id")
     turn_id, prompt_id, reply_id = ids
-    prompt = Message.objects.create(
+    prompt = Message(
         id=prompt_id,
         conversation=conversation,
-        parent=parent,
+        parent_id=_parent_of(conversation, parent_id),
         role=Message.Role.USER,
         author_id=user.pk,
         blocks=[text_block(text)],
         text=text,
         client_id=client_id,
     )
-    if not conversation.title:
-        conversation.title = _clean_title(text.splitlines()[0])[:TITLE_CHARS]
-    turn, reply = _begin(conversation, prompt, user, turn_id, reply_id, timeout_seconds=timeout_seconds)
+    reply = Message(id=reply_id, conversation=conversation, parent=prompt, role=Message.Role.ASSISTANT)
+    Message.objects.bulk_create([prompt, reply])
+    title = conversation.title or _clean_title(text.splitlines()[0])[:TITLE_CHARS]
+    turn = _begin(conversation, prompt, reply, user, turn_id, title=title, timeout_seconds=timeout_seconds)
     return turn, [_with_author(prompt, user), reply], False
+
+
+def _parent_of(conversation: Conversation, parent_id: uuid.UUID | Literal["root"] | None) -> uuid.UUID | None:
+    if parent_id is None:
+        return conversation.leaf_id
+    if parent_id == "root":
+        return None
+    role = Message.objects.filter(conversation=conversation, pk=parent_id).values_list("role", flat=True).first()
+    if role is None:
+        raise NotFoundError
+    if role != Message.Role.ASSISTANT:
+        raise ForbiddenError(field="parent_id")
+    return uuid.UUID(str(parent_id))
 
 
 @transaction.atomic
@@ -450,28 +457,27 @@ def _accept_regenerate(
         return turn, [], True
     _refuse_if_busy(conversation)
     turn_id, reply_id = ids
-    turn, reply = _begin(conversation, old.parent, user, turn_id, reply_id, client_id=client_id)
-    return turn, [reply], False
+    reply = Message.objects.create(
+        id=reply_id,
+        conversation=conversation,
+        parent=old.parent,
+        role=Message.Role.ASSISTANT,
+        client_id=client_id,
+    )
+    return _begin(conversation, old.parent, reply, user, turn_id, title=conversation.title), [reply], False
 
 
 def _begin(
     conversation: Conversation,
     prompt: Message,
+    reply: Message,
     user: AnyUser,
     turn_id: uuid.UUID,
-    reply_id: uuid.UUID,
     *,
-    client_id: str | None = None,
+    title: str,
     timeout_seconds: float | None = None,
-) -> tuple[Turn, Message]:
-    """The reply's message, its turn, and the branch that now ends there."""
-    reply = Message.objects.create(
-        id=reply_id,
-        conversation=conversation,
-        parent=prompt,
-        role=Message.Role.ASSISTANT,
-        client_id=client_id,
-    )
+) -> Turn:
+    """Create the turn that makes ``reply``, and let the current branch end there."""
     Turn.objects.create(
         id=turn_id,
         conversation=conversation,
@@ -480,10 +486,8 @@ def _begin(
         requested_by_id=user.pk,
         timeout_seconds=timeout_seconds,
     )
-    conversation.leaf = reply
-    conversation.save(update_fields=["leaf", "title"])
-    Conversation.objects.filter(pk=conversation.pk).touch()
-    return Turn.objects.timed().select_related("conversation").get(pk=turn_id), reply
+    Conversation.objects.filter(pk=conversation.pk).touch(leaf=reply, title=title)
+    return Turn.objects.timed().select_related("conversation").get(pk=turn_id)
 
 
 @transaction.atomic
@@ -497,13 +501,11 @@ def _insert(conversation: Conversation) -> None:
 def _update(user: AnyUser, conversation_id: uuid.UUID, title: str | None, archived: bool | None) -> Conversation:
     _writable(user, conversation_id)
     rows = Conversation.objects.filter(pk=conversation_id)
-    if title is not None:
-        rows.update(title=title)
     if archived is True:
         rows.filter(archived_at=None).update(archived_at=Now())
     elif archived is False:
         rows.update(archived_at=None)
-    rows.touch()
+    rows.touch(**({} if title is None else {"title": title}))
     return rows.get()
 
 

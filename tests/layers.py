@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ BACKEND: str = settings.CHANNEL_LAYERS["default"]["BACKEND"]
 class FaultyChannelLayer:
     """Asks ``fault`` what happens to each message: ``"send"``, ``"lose"``, ``"double"``, ``"late"`` or ``"raise"``.
 
-    A late message is sent after the next one that is not.
+    A late message is sent after the next one that is not. While ``joins_return`` is cleared, joining a group hangs.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -23,9 +24,22 @@ class FaultyChannelLayer:
         self.fault: Callable[[dict[str, Any]], str] = lambda message: "send"
         self.faults: list[str] = []
         self._late: list[tuple[str, dict[str, Any]]] = []
+        self.joins_return = asyncio.Event()
+        self.joins_return.set()
+        self.joining: list[str] = []
+        self.joined: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
+
+    async def group_add(self, group: str, channel: str) -> None:
+        self.joining.append(group)
+        try:
+            await self.joins_return.wait()
+            await self._layer.group_add(group, channel)
+        finally:
+            self.joining.remove(group)
+        self.joined.append(group)
 
     async def group_send(self, group: str, message: dict[str, Any]) -> None:
         fate = self.fault(message)

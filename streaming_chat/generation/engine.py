@@ -20,7 +20,7 @@ from ..blocks import BlockError, BlockFold, Op, storable
 from ..conf import ChatSettings
 from ..database import in_database
 from ..exceptions import ProviderError
-from ..journal import Journal, Writer, get_journal
+from ..journal import Journal, Lease, Writer, get_journal
 from ..models import Turn
 from ..providers.base import Alive, Began, Ended, Provider, ProviderRequest, UsageSeen
 from . import context, lease
@@ -75,6 +75,13 @@ class Deadlines:
     def next(self) -> tuple[float, str]:
         """The deadline that comes first."""
         return min(self.due())
+
+
+def prepare(lease_held: Lease, record_id: uuid.UUID, provider: str) -> ProviderRequest | None:
+    """What to ask ``provider``, once it is recorded that it is asked; None if the lease is lost. Blocks."""
+    request = context.build_request(lease_held.turn_id, provider)
+    opened = lease.open_request(lease_held, record_id, provider=provider, model=request.model)
+    return request if opened else None
 
 
 async def announce_end(turn: Turn) -> None:
@@ -187,12 +194,16 @@ class Generation:
                 await asyncio.sleep(FINISH_BACKOFF_SECONDS)
 
     async def _stream(self) -> None:
-        request = await in_database(context.build_request, self.turn_id, self._provider.name)
-        self._deadlines.streams = request.stream
+        record_id = uuid7()
+        request = await in_database(prepare, self.lease, record_id, self._provider.name)
         pause_seconds = RETRY_SECONDS
         for retries_left in range(self._settings.provider_retries, -1, -1):
+            if request is None:
+                self._decide(Outcome(status=Turn.Status.INTERRUPTED, error_code="owner_lost"))
+                return
             try:
-                await self._ask(request)
+                await self._ask(request, record_id)
+                return
             except ProviderError as error:
                 if not (error.retryable and retries_left) or len(self._fold):
                     raise
@@ -200,19 +211,13 @@ class Generation:
                 if pause > MAX_RETRY_SECONDS:
                     raise
                 logger.info("turn %s: %s, asking again in %.1f s", self.turn_id, error.code, pause)
-                await asyncio.sleep(pause)
-                pause_seconds *= 2
-            else:
-                return
+            await asyncio.sleep(pause)
+            pause_seconds *= 2
+            record_id = uuid7()
+            request = await in_database(prepare, self.lease, record_id, self._provider.name)
 
-    async def _ask(self, request: ProviderRequest) -> None:
-        record_id = uuid7()
-        opened = await in_database(
-            lease.open_request, self.lease, record_id, provider=self._provider.name, model=request.model
-        )
-        if not opened:
-            self._decide(Outcome(status=Turn.Status.INTERRUPTED, error_code="owner_lost"))
-            return
+    async def _ask(self, request: ProviderRequest, record_id: uuid.UUID) -> None:
+        self._deadlines.streams = request.stream
         asked = Request(record_id=record_id, sent_chars=_size(request))
         self._requests.append(asked)
         started = time.monotonic()
@@ -227,7 +232,7 @@ class Generation:
         except ProviderError as error:
             asked.error_code = error.code
             asked.request_id = asked.request_id or error.request_id or ""
-            asked.final = asked.final or not asked.began
+            asked.final = asked.final or not (asked.began or error.may_be_billed)
             raise
         finally:
             asked.duration_ms = int((time.monotonic() - started) * 1000)

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import orjson
 from django.db import DatabaseError, transaction
-from django.db.models import F
+from django.db.models import F, Q
 from django.db.models.functions import Now
 
 from .. import journal
@@ -223,13 +223,44 @@ def request_stop(turn_id: uuid.UUID) -> Turn | None:
     return None
 
 
+def settle_requests(age_seconds: float) -> int:
+    """Estimate requests of ``age_seconds`` ago that nobody can account for any more; how many, 0 if none is left.
+
+    That is, those whose turn is over or was deleted together with its conversation before its owner could report.
+    ``age_seconds`` must be more than a turn and its end can take.
+    """
+    nobodys = UsageRecord.objects.filter(
+        Q(turn=None) | Q(turn__finished_at__isnull=False),
+        quality=UsageRecord.Quality.OPEN,
+        requested_at__lt=Now() - timedelta(seconds=age_seconds),
+    ).select_related("turn__prompt")[:SWEEP_BATCH]
+    requests = [
+        Request(
+            record_id=record.pk,
+            request_id=record.request_id,
+            error_code="owner_lost",
+            sent_chars=len(record.turn.prompt.text) if record.turn is not None else 0,
+        )
+        for record in nobodys
+    ]
+    for request in requests:
+        settle_request(request)
+    return len(requests)
+
+
 def sweep_entries(keep_seconds: float) -> int:
-    """Delete the entries of turns that ended ``keep_seconds`` ago; how many. The replies hold the text."""
+    """Delete the entries of some turns that ended ``keep_seconds`` ago; of how many, 0 if none is left.
+
+    The replies hold the text.
+    """
     # Entries are ordered by turn, and turns by age: the oldest are enough to look at.
     oldest = JournalEntry.objects.order_by("turn_id").values_list("turn_id", flat=True).distinct()[:SWEEP_BATCH]
     over = Turn.objects.filter(pk__in=list(oldest), finished_at__lt=Now() - timedelta(seconds=keep_seconds))
-    deleted, _ = JournalEntry.objects.filter(turn_id__in=list(over.values_list("id", flat=True))).delete()
-    return deleted
+    with transaction.atomic():
+        # What another process is deleting is left to it.
+        turn_ids = list(over.select_for_update(no_key=True, skip_locked=True).values_list("id", flat=True))
+        JournalEntry.objects.filter(turn_id__in=turn_ids).delete()
+    return len(turn_ids)
 
 
 def _lock(conversation_id: uuid.UUID) -> None:

@@ -23,7 +23,7 @@ from ..loops import PerLoop, end_tasks
 from ..models import Turn
 from ..providers import get_provider
 from . import lease
-from .engine import Generation, announce_end
+from .engine import FINISH_SECONDS, Generation, announce_end
 from .lease import Outcome
 
 T = TypeVar("T")
@@ -31,6 +31,9 @@ T = TypeVar("T")
 CLAIM_SECONDS: Final = 2.0
 """A turn that waits longer than this is claimed by any process with a free place."""
 RETENTION_SECONDS: Final = 60.0
+RETIRE_PAUSE_SECONDS: Final = 0.05
+"""Between two batches, so that a long clean-up leaves the database to those who stream."""
+SETTLED_SECONDS: Final = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,7 @@ class Runner:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loops: list[asyncio.Task[None]] = []
         self._running: dict[uuid.UUID, Generation] = {}
+        self._finishing: dict[uuid.UUID, asyncio.Task[None]] = {}
         self._claiming = 0
 
     @property
@@ -57,6 +61,7 @@ class Runner:
                 self._own(get_journal().run(), name="journal"),
                 self._own(self._claim_waiting(), name="claim waiting turns"),
                 self._own(self._sweep(), name="recover turns"),
+                self._own(self._retire(), name="retire old turns"),
             ]
 
     def nudge(self, turn_id: uuid.UUID) -> None:
@@ -65,6 +70,12 @@ class Runner:
         if not self.draining and self._free() > 0:
             self._claiming += 1
             self._own(self._claim_and_run(turn_id), name=f"turn {turn_id}")
+
+    async def settled(self, turn_id: uuid.UUID) -> None:
+        """Wait until nothing is left to do for a turn that is over: its signal was sent, its place is free."""
+        finish = self._finishing.get(turn_id)
+        if finish is not None:
+            await asyncio.wait([finish], timeout=SETTLED_SECONDS)
 
     async def drain(self) -> None:
         """Refuse new turns, let the running ones end, and interrupt those that take longer than ``DRAIN_SECONDS``.
@@ -119,8 +130,12 @@ class Runner:
         finally:
             # The end is a task of its own and only awaited here, so no cancel reaches it.
             finish = self._own(generation.finish(), name=f"finish {turn_id}")
-            finish.add_done_callback(lambda _: self._running.pop(turn_id, None))
+            self._finishing[turn_id] = finish
+            finish.add_done_callback(lambda _: self._forget(turn_id))
             await asyncio.shield(finish)
+
+    def _forget(self, turn_id: uuid.UUID) -> None:
+        del self._running[turn_id], self._finishing[turn_id]
 
     async def _claim_waiting(self) -> None:
         while True:
@@ -135,13 +150,9 @@ class Runner:
                     self.nudge(turn_id)
 
     async def _sweep(self) -> None:
-        swept_at = asyncio.get_running_loop().time()
         while True:
             try:
                 await self.recover()
-                if asyncio.get_running_loop().time() - swept_at > RETENTION_SECONDS:
-                    await in_database(lease.sweep_entries, get_settings().journal_keep_seconds)
-                    swept_at = asyncio.get_running_loop().time()
             except Exception as error:  # noqa: BLE001 - one turn that can't be settled must not keep all others waiting
                 logger.error("recovery failed: %s", type(error).__name__)
             await asyncio.sleep(get_settings().sweep_seconds * random.uniform(0.8, 1.2))  # noqa: S311
@@ -156,6 +167,25 @@ class Runner:
         for turn_id in requeued:
             self.nudge(turn_id)
         return len(ended)
+
+    async def _retire(self) -> None:
+        while True:
+            await asyncio.sleep(RETENTION_SECONDS * random.uniform(0.8, 1.2))  # noqa: S311
+            try:
+                await self.retire()
+            except DatabaseError as error:
+                logger.warning("old turns can't be retired: %s", type(error).__name__)
+
+    async def retire(self) -> None:
+        """Account for the requests that nobody will report, and delete the entries of turns that ended long ago."""
+        settings = get_settings()
+        longest_turn_seconds = settings.turn_timeout_seconds + settings.lease_seconds + FINISH_SECONDS
+        ages_seconds = {lease.settle_requests: longest_turn_seconds, lease.sweep_entries: settings.journal_keep_seconds}
+        for retire_batch, age_seconds in ages_seconds.items():
+            retired = 1
+            while retired:
+                retired = await in_database(retire_batch, age_seconds)
+                await asyncio.sleep(RETIRE_PAUSE_SECONDS)
 
 
 get_runner: Final = PerLoop(Runner)

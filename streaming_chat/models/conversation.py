@@ -27,9 +27,12 @@ class ConversationQuerySet(models.QuerySet["Conversation"]):
         takes_part = Participant.objects.filter(conversation=OuterRef("pk"), user_id=user.pk)
         return self.filter(Q(owner_id=user.pk) | Exists(takes_part))
 
-    def touch(self) -> int:
-        """Raise the revision by one and note the time; the number of rows. Call it in the change's transaction."""
-        return self.update(revision=F("revision") + 1, updated_at=Now())
+    def touch(self, **changes: Any) -> int:
+        """Make ``changes``, raise the revision by one and note the time; the number of rows.
+
+        Call it in the transaction of whatever else viewers must hear of.
+        """
+        return self.update(revision=F("revision") + 1, updated_at=Now(), **changes)
 
 
 class Conversation(models.Model):

@@ -138,7 +138,7 @@ class Chat:
     ) -> tuple[ConversationViewer, Screen]:
         """A viewer in a task of the hub's, and what it shows."""
         key = conversation if isinstance(conversation, uuid.UUID) else conversation.pk
-        viewer = get_hub().watch(key, user or self.user, None if token is None else Cursor.parse(token))
+        viewer = get_hub().watch(key, lambda: user or self.user, None if token is None else Cursor.parse(token))
         screen = screen or Screen()
         get_hub().pump(viewer, screen.show)
         return viewer, screen

@@ -215,6 +215,15 @@ async def test_a_failed_request_is_repeated_while_nothing_was_shown(chat: Chat) 
     ]
 
 
+async def test_a_request_that_may_be_billed_without_an_answer_is_estimated_and_not_free(chat: Chat) -> None:
+    unclear = ProviderError("provider_unreachable", retryable=True, retry_after_seconds=0.01, may_be_billed=True)
+    turn = await ran(chat, [unclear], answer("Hello"))
+    assert (turn.status, turn.reply.text) == ("completed", "Hello")
+    first, second = await chat.usage(turn.pk)
+    assert (first.quality, first.error_code, first.output_tokens) == ("estimated", "provider_unreachable", 0)
+    assert (second.quality, second.output_tokens) == ("exact", 7)
+
+
 async def test_it_is_repeated_only_so_often(chat: Chat) -> None:
     turn = await ran(chat, [retryable(0.01)])
     assert (turn.status, turn.error_code) == ("failed", "provider_overloaded")

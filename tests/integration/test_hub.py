@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 from channels.layers import get_channel_layer
-from django.contrib.auth.models import User
+from django.contrib.auth.models import AnonymousUser, User
 from pytest_django import Settings
 
-from streaming_chat import snapshot, turns
+from streaming_chat import hub, snapshot, turns
 from streaming_chat.database import in_database
 from streaming_chat.generation.runner import get_runner
 from streaming_chat.hub import ABANDONED_SECONDS, ACCESS_SECONDS, Sent, get_hub
+from streaming_chat.journal import group_name
 from streaming_chat.models import Conversation, Message, Participant, Turn
 from streaming_chat.protocol import Cursor
 from tests.integration.conftest import Chat
@@ -312,6 +313,67 @@ async def test_a_layer_that_is_away_delays_and_loses_nothing(chat: Chat) -> None
     assert turn.reply.text == "".join(AWKWARD)
 
 
+@pytest.mark.usefixtures("faulty")
+async def test_while_joining_a_group_hangs_viewers_hear_that_their_turn_lives_and_get_its_text(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, gates = gated_answer("Hel", "lo")
+    chat.script.replies = [steps]
+    conversation = await chat.conversation()
+    await chat.apart(conversation)
+    _, screen = chat.view(conversation)
+    await screen.until(lambda screen: screen.kinds)
+    started = await chat.send(conversation)
+    gates[0].open()
+    await gates[1].reached()
+    await screen.until(lambda screen: screen.text == "Hel")
+    layer = faulty_layer()
+    layer.joins_return.clear()
+    layer.fault = lambda message: "lose"
+    monkeypatch.setattr(hub, "LAYER_TIMEOUT_SECONDS", 600.0)
+    monkeypatch.setattr(hub, "REJOIN_SECONDS", 0.0)
+    await eventually(lambda: layer.joining)
+    before = screen.kinds.count("progress")
+    await screen.until(lambda screen: screen.kinds.count("progress") >= before + 3)
+    gates[1].open()
+    await gates[2].reached()
+    await screen.until(lambda screen: screen.text == "Hello")
+    gates[2].open()
+    await ends_as_stored(chat, started.id, [screen])
+    assert len(layer.joining) == 1
+
+
+@pytest.mark.usefixtures("faulty")
+async def test_groups_are_joined_one_at_a_time_and_all_of_them_once_the_layer_answers(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversations = [await chat.conversation() for _ in range(4)]
+    for conversation in conversations:
+        _, screen = chat.view(conversation)
+        await screen.until(lambda screen: screen.kinds)
+    layer = faulty_layer()
+    most: list[int] = []
+    joined = {group_name(str(conversation.pk)) for conversation in conversations}
+    assert set(layer.joined) == joined
+    layer.joined.clear()
+    layer.joins_return.clear()
+    monkeypatch.setattr(hub, "LAYER_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(hub, "REJOIN_SECONDS", 0.0)
+    tried: set[str] = set()
+
+    def all_tried() -> bool:
+        most.append(len(layer.joining))
+        tried.update(layer.joining)
+        return tried == joined
+
+    await eventually(all_tried)
+    assert max(most) == 1
+    assert layer.joined == []
+    monkeypatch.setattr(hub, "REJOIN_SECONDS", 600.0)
+    layer.joins_return.set()
+    await eventually(lambda: set(layer.joined) == joined)
+
+
 async def test_without_a_layer_viewers_are_served_from_the_journal(chat: Chat, fast: Callable[..., None]) -> None:
     fast(CHANNEL_LAYER="there is none")
     chat.script.replies = [answer(*AWKWARD)]
@@ -348,7 +410,7 @@ async def test_a_viewer_that_does_not_keep_up_is_bounded_and_catches_up(chat: Ch
     chat.script.replies = [steps]
     conversation = await chat.conversation()
     go_on, screen = asyncio.Event(), Screen()
-    viewer = get_hub().watch(conversation.pk, chat.user)
+    viewer = get_hub().watch(conversation.pk, lambda: chat.user)
 
     async def slowly(sent: Sent) -> None:
         await screen.show(sent)
@@ -399,7 +461,7 @@ async def test_a_viewer_that_acknowledges_nothing_is_sent_only_so_much(chat: Cha
 async def test_a_viewer_that_takes_nothing_for_minutes_is_dropped(chat: Chat) -> None:
     conversation = await chat.conversation()
     never, screen = asyncio.Event(), Screen()
-    viewer = get_hub().watch(conversation.pk, chat.user)
+    viewer = get_hub().watch(conversation.pk, lambda: chat.user)
 
     async def stuck(sent: Sent) -> None:
         await screen.show(sent)
@@ -462,6 +524,19 @@ async def test_a_viewer_whose_access_was_revoked_is_told_within_the_minute(chat:
     await in_database(Participant.objects.filter(user=bob).delete)
     viewer.beat(time.monotonic() + ACCESS_SECONDS + 1)
     await screen.until(lambda screen: "deleted" in screen.kinds)
+    await eventually(lambda: get_hub().viewers == 0)
+
+
+async def test_a_viewer_who_has_signed_out_is_told_within_the_minute(chat: Chat) -> None:
+    conversation = await chat.conversation()
+    who: list[User | AnonymousUser] = [chat.user]
+    viewer = get_hub().watch(conversation.pk, lambda: who[0])
+    screen = Screen()
+    get_hub().pump(viewer, screen.show)
+    await screen.until(lambda screen: screen.kinds)
+    who[0] = AnonymousUser()
+    viewer.beat(time.monotonic() + ACCESS_SECONDS + 1)
+    await screen.until(lambda screen: "error" in screen.kinds)
     await eventually(lambda: get_hub().viewers == 0)
 
 

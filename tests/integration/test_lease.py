@@ -17,8 +17,10 @@ from django.db.models.functions import Now
 
 from streaming_chat import journal
 from streaming_chat.blocks import Op, text_block
+from streaming_chat.database import in_database
 from streaming_chat.generation import lease
 from streaming_chat.generation.lease import Claim, Outcome, Request
+from streaming_chat.generation.runner import get_runner
 from streaming_chat.models import Conversation, JournalEntry, Message, Turn, UsageRecord
 from streaming_chat.providers.base import Usage
 from tests.integration.conftest import Chat
@@ -470,13 +472,100 @@ def test_entries_are_swept_some_time_after_the_end_and_not_before(ann: User) -> 
             finish(claim, end_seq=2)
     Turn.objects.filter(pk=old.pk).update(finished_at=Now() - timedelta(seconds=601))
     Turn.objects.filter(pk=young.pk).update(finished_at=Now() - timedelta(seconds=599))
-    assert lease.sweep_entries(600.0) == 2
+    assert lease.sweep_entries(600.0) == 1
     assert set(JournalEntry.objects.values_list("turn_id", flat=True)) == {young.pk, running.pk}
     assert fresh(old).reply.blocks == HELLO
     assert lease.sweep_entries(600.0) == 0
 
 
+async def test_the_sweep_goes_on_until_nothing_old_is_left(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "SWEEP_BATCH", 2)
+
+    def seven_old_and_one_running() -> Turn:
+        running = queued(chat.user)
+        write(claimed(running), 1, start(), append("Hello"))
+        for _ in range(7):
+            turn = queued(chat.user)
+            claim = claimed(turn)
+            write(claim, 1, start(), append("Hello"))
+            finish(claim)
+        Turn.objects.exclude(pk=running.pk).update(finished_at=Now() - timedelta(seconds=601))
+        return running
+
+    running = await in_database(seven_old_and_one_running)
+    await get_runner().retire()
+    left = await in_database(lambda: list(JournalEntry.objects.values_list("turn_id", flat=True)))
+    assert left == [running.pk]
+
+
+def test_many_sweepers_at_once_delete_every_entry(ann: User, at_once: Callable[..., list[Any]]) -> None:
+    for _ in range(4):
+        claim = claimed(queued(ann))
+        write(claim, 1, start(), append("Hello"))
+        finish(claim)
+    Turn.objects.update(finished_at=Now() - timedelta(seconds=601))
+    at_once(*[lambda: lease.sweep_entries(600.0)] * 4)
+    assert JournalEntry.objects.count() == 0
+
+
 # ------------------------------------------------------------------------------------------------ estimates
+
+
+def age(record_id: uuid.UUID, seconds: float) -> None:
+    UsageRecord.objects.filter(pk=record_id).update(requested_at=Now() - timedelta(seconds=seconds))
+
+
+def test_a_request_whose_conversation_was_deleted_and_whose_owner_died_is_estimated(ann: User) -> None:
+    old, young = queued(ann), queued(ann)
+    lost, perhaps_alive = asked(claimed(old)), asked(claimed(young))
+    for turn in (old, young):
+        Conversation.objects.filter(pk=turn.conversation_id).delete()
+    age(lost, 101)
+    age(perhaps_alive, 99)
+    assert lease.settle_requests(100.0) == 1
+    record = UsageRecord.objects.get(pk=lost)
+    assert (record.quality, record.error_code, record.input_tokens, record.turn_id) == (
+        "estimated",
+        "owner_lost",
+        0,
+        None,
+    )
+    assert record.finished_at is not None
+    assert UsageRecord.objects.get(pk=perhaps_alive).quality == "open"
+    assert lease.settle_requests(100.0) == 0
+
+
+def test_a_request_that_its_turn_ended_without_is_estimated_and_one_of_a_running_turn_is_not(ann: User) -> None:
+    over, running = queued(ann), queued(ann)
+    claim = claimed(over)
+    forgotten, under_way = asked(claim), asked(claimed(running))
+    finish(claim, requests=[])
+    age(forgotten, 101)
+    age(under_way, 101)
+    assert lease.settle_requests(100.0) == 1
+    record = UsageRecord.objects.get(pk=forgotten)
+    assert (record.quality, record.input_tokens) == ("estimated", len("Good day") // 4)
+    assert UsageRecord.objects.get(pk=under_way).quality == "open"
+
+
+async def test_no_request_stays_open_after_the_longest_turn(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, fast: Callable[..., None]
+) -> None:
+    monkeypatch.setattr(lease, "SWEEP_BATCH", 2)
+    fast(TURN_TIMEOUT_SECONDS=30.0, LEASE_SECONDS=10.0)
+
+    def lose_five() -> None:
+        for _ in range(5):
+            turn = queued(chat.user)
+            age(asked(claimed(turn)), 30 + 10 + 120 + 1)
+            Conversation.objects.filter(pk=turn.conversation_id).delete()
+        age(asked(claimed(queued(chat.user))), 30 + 10 + 120 - 1)
+        Conversation.objects.all().delete()
+
+    await in_database(lose_five)
+    await get_runner().retire()
+    qualities = await in_database(lambda: sorted(UsageRecord.objects.values_list("quality", flat=True)))
+    assert qualities == ["estimated"] * 5 + ["open"]
 
 
 @pytest.mark.parametrize(

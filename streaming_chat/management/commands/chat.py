@@ -33,7 +33,7 @@ from ... import turns
 from ...blocks import Op, TextReader
 from ...conf import get_settings
 from ...database import in_database
-from ...exceptions import ChatError, NotFoundError
+from ...exceptions import STOP_REASONS, ChatError, NotFoundError
 from ...lifecycle import stop
 from ...models import Conversation
 from ...protocol import TurnForm
@@ -276,10 +276,8 @@ class Session:
             self._terminal.note(_("stopped; what you see is saved"), dim=False)
         elif turn["error"] is not None:
             self._terminal.note(f"{turn['error']['detail']} ({turn['error']['code']})", dim=False)
-        elif turn["stop_reason"] == "max_tokens":
-            self._terminal.note(_("The reply reached its longest length and ends here."), dim=False)
-        elif turn["stop_reason"] == "refusal":
-            self._terminal.note(_("The assistant declined to answer this."), dim=False)
+        elif turn["stop_reason"] in STOP_REASONS:
+            self._terminal.note(_(STOP_REASONS[turn["stop_reason"]]), dim=False)
         self._terminal.note(_account(turn))
 
 
