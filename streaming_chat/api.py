@@ -28,7 +28,15 @@ from pydantic import ConfigDict
 from . import protocol, snapshot, sse, turns
 from .conf import get_settings
 from .database import in_database
-from .exceptions import ChatError, ForbiddenError, InvalidInputError, NotFoundError, SignedOutError
+from .exceptions import (
+    ChatError,
+    DrainingError,
+    ForbiddenError,
+    InvalidInputError,
+    NotFoundError,
+    SignedOutError,
+)
+from .generation.runner import get_runner
 from .models import Conversation, Turn
 from .protocol import ConversationForm, MessageForm, TurnStatus
 
@@ -36,6 +44,8 @@ if TYPE_CHECKING:
     from .snapshot import AnyUser
 
 MAX_PAGE: Final = 200
+RETURN_SECONDS: Final = 1.0
+"""When to ask for the events again while this process stops; another one may take them at once."""
 PRIVATE: Final = "private, no-store"
 UNSAFE: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
@@ -164,7 +174,11 @@ class StrictParser(Parser):
 
     def parse_body(self, request: HttpRequest) -> Any:
         """The body's JSON object."""
-        return protocol.load_json(request.body)
+        return protocol.load_json(request.body, limit_bytes=_limit_bytes())
+
+
+def _limit_bytes() -> int:
+    return protocol.frame_limit_bytes(get_settings().message_max_chars)
 
 
 async def signed_in(request: HttpRequest) -> AnyUser:
@@ -183,7 +197,7 @@ async def signed_in(request: HttpRequest) -> AnyUser:
         if await sync_to_async(check_csrf)(request) is not None:
             raise CsrfError
         try:
-            too_large = len(request.body) > protocol.MAX_FRAME_BYTES
+            too_large = len(request.body) > _limit_bytes()
         except RequestDataTooBig:
             too_large = True
         if too_large:
@@ -298,8 +312,11 @@ async def list_conversations(
 
 @api.post("conversations", response={201: ConversationForm, **PROBLEMS})
 async def create_conversation(request: HttpRequest, body: NewConversation) -> Any:
-    """Begin an empty conversation. The site decides which models and how long answers may be chosen."""
+    """Begin an empty conversation. The site decides what may be chosen besides its title."""
     site = get_settings()
+    for field in ("system_prompt", "options"):
+        if getattr(body, field) and not site.users_may_configure:
+            raise ForbiddenError(field=field)
     if body.model and body.model not in (site.model, *site.models):
         raise InvalidInputError("bad_field", field="model")
     max_tokens = body.options.get("max_tokens", 0)
@@ -376,6 +393,8 @@ async def events(request: HttpRequest, conversation_id: uuid.UUID, after: str | 
     accept = request.headers.get("Accept", "*/*")
     if sse.CONTENT_TYPE not in accept and "*/*" not in accept and "text/*" not in accept:
         raise NotAcceptableError
+    if get_runner().draining:
+        raise DrainingError(retry_after_seconds=RETURN_SECONDS)
     return await sse.conversation_events(request, _user(request), conversation_id, after)
 
 

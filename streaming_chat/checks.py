@@ -19,6 +19,7 @@ from django.utils.version import get_version_tuple
 from .conf import ChatSettings, get_settings
 from .generation.runner import CLAIM_SECONDS
 from .journal import RENEW_SECONDS
+from .protocol import FRAME_ROOM_BYTES, MAX_CHAR_BYTES, MAX_FRAME_LIMIT_BYTES
 from .providers import provider_class
 
 IN_MEMORY: Final = "channels.layers.InMemoryChannelLayer"
@@ -50,7 +51,7 @@ def check_settings(app_configs: Sequence[AppConfig] | None = None, **kwargs: Any
         chat = _read_settings()
     except ImproperlyConfigured as error:
         return [_error("E001", f"{error}.", "Correct or remove it; the reference lists all settings.")]
-    return [*_check_provider(chat), *_check_seconds(chat), *_check_layer(chat)]
+    return [*_check_provider(chat), *_check_seconds(chat), *_check_layer(chat), *_check_frame(chat)]
 
 
 @register(TAG, deploy=True)
@@ -242,6 +243,17 @@ def _check_layer(chat: ChatSettings) -> Iterator[CheckMessage]:
                 "Use channels_redis.pubsub.RedisPubSubChannelLayer, or set its CONFIG['capacity'] to "
                 f"{LEAST_LAYER_CAPACITY} or more. What is dropped is read from the database, in lumps.",
             )
+
+
+def _check_frame(chat: ChatSettings) -> Iterator[CheckMessage]:
+    most_chars = (MAX_FRAME_LIMIT_BYTES - FRAME_ROOM_BYTES) // MAX_CHAR_BYTES
+    if chat.message_max_chars > most_chars:
+        yield _warning(
+            "W012",
+            f"STREAMING_CHAT['MESSAGE_MAX_CHARS'] is {chat.message_max_chars}.",
+            f"It should be at most {most_chars}: longer prompts of some scripts do not fit into a WebSocket frame, "
+            "for which Daphne has a limit of 1 MiB.",
+        )
 
 
 def _layer(alias: str) -> dict[str, Any]:

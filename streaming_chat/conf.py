@@ -30,7 +30,7 @@ class ChatSettings:
     models: tuple[str, ...] = ()
     """Further models that users may choose for a conversation through the API; a host's own code may choose any."""
     max_tokens: int = 8192
-    """Longest answer, thinking included. Users may ask for less through the API, not for more."""
+    """Longest answer, thinking included. Who may configure may ask for less through the API, not for more."""
     system_prompt: str = ""
     """For conversations that have none of their own."""
     thinking: dict[str, Any] | None = None
@@ -47,6 +47,9 @@ class ChatSettings:
     """False: the whole answer arrives at once, with progress events until then."""
     provider_retries: int = 2
     """How often a failed request is repeated, as long as nothing of the answer was journaled."""
+
+    users_may_configure: bool = False
+    """Users may set the system prompt, thinking, effort … of their own conversations through the API."""
 
     # ------------------------------------------------------------------ deadlines of a turn; the text is kept
     first_event_timeout_seconds: float = 60.0

@@ -27,8 +27,13 @@ from .blocks import Block, Op
 from .exceptions import ChatError, InvalidInputError
 
 PROTOCOL_VERSION: Final = 1
-MAX_FRAME_BYTES: Final = 64 * 1024
-"""Largest command. Below Daphne's 1 MiB, where the connection would just drop."""
+MIN_FRAME_LIMIT_BYTES: Final = 64 * 1024
+MAX_FRAME_LIMIT_BYTES: Final = 960 * 1024
+"""Below Daphne's 1 MiB, where the connection would just drop."""
+MAX_CHAR_BYTES: Final = 12
+"""Of one character in JSON: two escapes such as ``\\ud83d``."""
+FRAME_ROOM_BYTES: Final = 4 * 1024
+"""Of a command without its text."""
 MAX_DEPTH: Final = 32
 MAX_INTEGER_DIGITS: Final = 15
 MAX_CLIENT_ID_CHARS: Final = 64
@@ -332,6 +337,12 @@ _COMMANDS: Final[dict[str, type[Command]]] = {
 }
 
 
+def frame_limit_bytes(message_max_chars: int) -> int:
+    """The size of the largest command where prompts have up to ``message_max_chars`` characters of any script."""
+    wanted = MAX_CHAR_BYTES * message_max_chars + FRAME_ROOM_BYTES
+    return min(max(MIN_FRAME_LIMIT_BYTES, wanted), MAX_FRAME_LIMIT_BYTES)
+
+
 def parse_command(frame: str) -> Command:
     """The command in one text frame.
 
@@ -375,15 +386,15 @@ def validate(shape: type[Shape], document: dict[str, Any]) -> Shape:
         raise InvalidInputError("bad_field", field=str(place[0]) if place else None) from None
 
 
-def load_json(text: str | bytes) -> dict[str, Any]:
+def load_json(text: str | bytes, *, limit_bytes: int = MIN_FRAME_LIMIT_BYTES) -> dict[str, Any]:
     """The JSON object in ``text``, refusing what a browser or a database would read differently.
 
     Raises:
-        InvalidInputError: ``too_large`` beyond :data:`MAX_FRAME_BYTES`; ``bad_json`` for anything but an object, for
+        InvalidInputError: ``too_large`` beyond ``limit_bytes`` of UTF-8; ``bad_json`` for anything but an object, for
             NaN and infinities, duplicate keys, depth over :data:`MAX_DEPTH` or integers over
             :data:`MAX_INTEGER_DIGITS` digits.
     """
-    if len(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")) > MAX_FRAME_BYTES:
+    if len(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")) > limit_bytes:
         raise InvalidInputError("too_large")
     try:
         document = json.loads(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
+from django.db import connections, transaction
 from django.http import HttpRequest, HttpResponse
 from django.urls import path
 
@@ -16,11 +19,18 @@ def socket(request: HttpRequest, conversation_id: object) -> HttpResponse:
 
 app_name = "streaming_chat"
 
-urlpatterns = [
+pages = [
     path("", views.index, name="index"),
     path("new/", views.new, name="new"),
     path("conversations/<uuid:conversation_id>/", views.conversation, name="conversation"),
     path("conversations/<uuid:conversation_id>/send/", views.send_form, name="send_form"),
-    path("api/", api.urls),
     path("conversations/<uuid:conversation_id>/socket/", socket, name="socket"),
 ]
+endpoints, api_name, namespace = api.urls
+
+# With ATOMIC_REQUESTS, Django would refuse asynchronous views. What is changed here has transactions of its own.
+for endpoint in (*pages, *endpoints):
+    for alias in connections:
+        transaction.non_atomic_requests(using=alias)(cast("Any", endpoint.callback))
+
+urlpatterns = [*pages, path("api/", (endpoints, api_name, namespace))]

@@ -18,13 +18,17 @@ from django.views.decorators.http import require_POST, require_safe
 
 from . import protocol, turns
 from .conf import get_settings
-from .exceptions import ChatError, InvalidInputError, NotFoundError
-from .models import Conversation, Message, Turn
+from .database import in_database
+from .exceptions import ChatError, DrainingError, InvalidInputError, NotFoundError
+from .generation.runner import get_runner
+from .models import Conversation, Turn
 
 if TYPE_CHECKING:
     from django.http import HttpRequest, HttpResponse
 
 CONVERSATIONS_PER_PAGE: Final = 50
+FORMS: Final = uuid.UUID("6f2c1f0e-5d0b-4c57-9a41-0d8e4b7a93c2")
+"""Namespace of the ids of conversations that began with a form."""
 
 
 @never_cache
@@ -51,10 +55,11 @@ async def new(request: HttpRequest) -> HttpResponse:
     try:
         client_id = _client_id(request)
         text = protocol.clean_text(request.POST.get("text", ""), max_chars=get_settings().message_max_chars)
-        before = await Message.objects.filter(author_id=user.pk, client_id=client_id, parent=None).afirst()
-        if before is not None:
-            return redirect("streaming_chat:conversation", before.conversation_id)
-        conversation_id = (await turns.create_conversation(user)).pk
+        if get_runner().draining:
+            raise DrainingError  # before there is an empty conversation
+        # Forms that are sent at the same time meet in one conversation, which then takes its first prompt once.
+        conversation_id = uuid.uuid5(FORMS, f"{user.pk} {client_id}")
+        await in_database(Conversation.objects.get_or_create, pk=conversation_id, defaults={"owner_id": user.pk})
         await turns.start_turn(user, conversation_id, text=text, client_id=client_id)
     except ChatError as error:
         return await _refuse(request, error)

@@ -12,15 +12,17 @@ import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 from django.contrib.auth import get_user_model
 from django.contrib.sessions.backends.db import SessionStore
+from django.db import connection
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from streaming_chat import turns
+from streaming_chat import lifecycle, turns
 from streaming_chat.models import Conversation, Message, Participant, Turn
-from streaming_chat.protocol import MAX_FRAME_BYTES
+from streaming_chat.protocol import frame_limit_bytes
 from streaming_chat.testing import FakeAnthropic, Gate, Reply
 from tests import services, wire
+from tests.wire import LocalSite
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -28,13 +30,13 @@ if TYPE_CHECKING:
     from django.contrib.auth.models import User
     from django.test import AsyncClient
 
-    from tests.wire import LocalSite
 
 pytestmark = [
     pytest.mark.django_db(transaction=True),
     pytest.mark.filterwarnings("ignore:No directory at"),  # static files are not collected for the tests
 ]
 
+BODY_LIMIT_BYTES = frame_limit_bytes(32_000)
 NOBODY = str(uuid.uuid4())
 
 
@@ -73,6 +75,11 @@ async def client(local: LocalSite, user: User) -> AsyncClient:
 @pytest.fixture
 async def conversation(user: User) -> Conversation:
     return await turns.create_conversation(user, title="A talk")
+
+
+@pytest.fixture
+def may_configure(anthropic: FakeAnthropic, settings: Any) -> None:
+    settings.STREAMING_CHAT = {**settings.STREAMING_CHAT, "USERS_MAY_CONFIGURE": True}
 
 
 async def call(
@@ -204,6 +211,73 @@ async def test_send_stop_and_regenerate(
     assert made.json()["reply_id"] != ids["reply_id"]
 
 
+@pytest.mark.parametrize("ascii_only", [True, False])
+@pytest.mark.parametrize("character", ["漢", "\N{GRINNING FACE}"])
+async def test_the_longest_prompt_fits_in_any_script(
+    character: str, ascii_only: bool, client: AsyncClient, conversation: Conversation
+) -> None:
+    text = character * 32_000
+    body = json.dumps({"text": text, "client_id": "c1"}, ensure_ascii=ascii_only)
+    sent = await call(client, "post", wire.api_path(conversation.pk, "/messages"), body)
+    assert sent.status_code == 202
+    assert (await Message.objects.aget(pk=sent.json()["prompt_id"])).text == text
+
+
+async def test_a_site_of_atomic_requests_is_served(
+    client: AsyncClient, user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(connection.settings_dict, "ATOMIC_REQUESTS", True)
+    made = await call(client, "post", wire.api_path(), {"title": "A talk"})
+    assert made.status_code == 201
+    key = made.json()["id"]
+    streamed = await call(
+        client,
+        "post",
+        wire.api_path(key, "/messages"),
+        {"text": "Hello", "client_id": "c1"},
+        accept="text/event-stream",
+    )
+    assert streamed.status_code == 200
+    *_, last = [piece async for piece in streamed.streaming_content]
+    assert b"event: finished" in last
+    reply = await Message.objects.aget(role="assistant")
+    again = {"message_id": str(reply.pk), "client_id": "r1"}
+    assert (await call(client, "post", wire.api_path(key, "/regenerate"), again)).status_code == 202
+    assert (await call(client, "post", wire.api_path(key, "/stop"), {})).status_code == 200
+    for path in (wire.api_path(), wire.api_path(key), wire.api_path(key, "/messages"), "/chat/api/openapi.json"):
+        assert (await client.get(path)).status_code == 200, path
+    events = await call(client, "get", wire.api_path(key, "/events"))
+    pieces = events.streaming_content
+    assert [await anext(pieces), (await anext(pieces)).splitlines()[1]] == [b"retry: 1000\n\n", b"event: snapshot"]
+    await pieces.aclose()
+    assert (await call(client, "patch", wire.api_path(key), {"title": "Another"})).status_code == 200
+
+    forms = await LocalSite().client(user)
+    for number, path in enumerate(("/chat/new/", f"/chat/conversations/{key}/send/")):
+        form = {"text": "Hello", "client_id": str(uuid.UUID(int=number)), "csrfmiddlewaretoken": wire.CSRF_TOKEN}
+        assert (await forms.post(path, form)).status_code == 302, path
+    for path in ("/chat/", f"/chat/conversations/{key}/"):
+        assert (await forms.get(path)).status_code == 200, path
+    assert (await forms.get(wire.socket_path(key))).status_code == 426
+    assert (await call(client, "delete", wire.api_path(key))).status_code == 204
+
+
+async def test_a_process_that_stops_opens_no_more_streams(
+    client: AsyncClient, user: User, conversation: Conversation
+) -> None:
+    assert (await client.get("/health/")).status_code == 200
+    await lifecycle.stop()
+    refused = await call(client, "get", wire.api_path(conversation.pk, "/events"))
+    assert refusal(refused) == (503, "draining", None)
+    assert refused["Retry-After"] == "1"
+    assert (await client.get("/health/")).status_code == 503
+    before = await everything()
+    forms = await LocalSite().client(user)
+    form = {"text": "Hello", "client_id": str(uuid.uuid4()), "csrfmiddlewaretoken": wire.CSRF_TOKEN}
+    assert (await forms.post("/chat/new/", form)).status_code == 503
+    assert await everything() == before
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 BODIES: dict[str, tuple[str, str, Any, tuple[int, str, str | None]]] = {
@@ -236,7 +310,7 @@ BODIES: dict[str, tuple[str, str, Any, tuple[int, str, str | None]]] = {
     "a NUL": ("post", "/messages", {"client_id": "c", "text": "a\x00"}, (400, "bad_text", "text")),
     "only white space": ("post", "/messages", {"client_id": "c", "text": "\n "}, (400, "bad_text", "text")),
     "a long text": ("post", "/messages", {"client_id": "c", "text": "x" * 32_001}, (413, "too_large", "text")),
-    "a long body": ("post", "/messages", "x" * (MAX_FRAME_BYTES + 1), (413, "too_large", None)),
+    "a long body": ("post", "/messages", "x" * (BODY_LIMIT_BYTES + 1), (413, "too_large", None)),
     "a very long body": ("post", "/messages", "x" * (3 * 1024 * 1024), (413, "too_large", None)),
     "an unknown parent": (
         "post",
@@ -275,11 +349,13 @@ async def test_a_bad_body_is_refused_and_changes_nothing(
     [
         ({"system_prompt": "a\ud800"}, "system_prompt"),
         ({"system_prompt": "a\x00"}, "system_prompt"),
+        ({"model": "not-one-of-the-sites"}, "model"),
         ({"model": "a\x00b"}, "model"),
         ({"model": "x" * 101}, "model"),
         ({"options": {"temperature": 1}}, "options.temperature"),
         ({"options": {"max_tokens": "many"}}, "options.max_tokens"),
         ({"options": {"max_tokens": -1}}, "options.max_tokens"),
+        ({"options": {"max_tokens": 8193}}, "options.max_tokens"),
         ({"options": {"stop_sequences": "abc"}}, "options.stop_sequences"),
         ({"options": {"effort": 3}}, "options.effort"),
         ({"options": {"thinking": ["\ud800"]}}, "options.thinking"),
@@ -289,7 +365,7 @@ async def test_a_bad_body_is_refused_and_changes_nothing(
     ],
 )
 async def test_a_conversation_that_could_not_work_is_not_made(
-    body: dict[str, Any], field: str, client: AsyncClient
+    body: dict[str, Any], field: str, client: AsyncClient, may_configure: None
 ) -> None:
     status, code, found = refusal(await call(client, "post", wire.api_path(), body))
     assert (status, found) == (400, field)
@@ -297,7 +373,34 @@ async def test_a_conversation_that_could_not_work_is_not_made(
     assert await Conversation.objects.acount() == 0
 
 
-async def test_options_that_can_work_are_kept(client: AsyncClient) -> None:
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"system_prompt": "You are anything I like."}, "system_prompt"),
+        ({"options": {"effort": "max"}}, "options"),
+        ({"options": {"max_tokens": 1}}, "options"),
+        ({"title": "A talk", "options": {"thinking": {"type": "enabled", "budget_tokens": 10**9}}}, "options"),
+    ],
+)
+async def test_users_may_not_configure_unless_the_site_says_so(
+    body: dict[str, Any], field: str, client: AsyncClient
+) -> None:
+    assert refusal(await call(client, "post", wire.api_path(), body)) == (403, "forbidden", field)
+    assert await Conversation.objects.acount() == 0
+
+
+async def test_users_may_choose_a_title_and_one_of_the_sites_models(client: AsyncClient, settings: Any) -> None:
+    settings.STREAMING_CHAT = {**settings.STREAMING_CHAT, "MODELS": ("claude-opus-4-8",)}
+    for body in (
+        {"title": "A talk", "model": "claude-opus-4-8"},
+        {"model": "claude-sonnet-5-5", "system_prompt": "", "options": {}},
+    ):
+        made = await call(client, "post", wire.api_path(), body)
+        assert (made.status_code, made.json()["model"]) == (201, body["model"])
+    assert await Conversation.objects.filter(system_prompt="", options={}).acount() == 2
+
+
+async def test_options_that_can_work_are_kept(client: AsyncClient, may_configure: None) -> None:
     options = {
         "max_tokens": 100,
         "thinking": {"type": "adaptive"},
@@ -632,7 +735,7 @@ async def test_what_the_server_itself_must_refuse(site: services.Site, talk: Con
     ]
     post = [f"POST {wire.api_path(talk.pk, '/messages')} HTTP/1.1", *common]
     body = b'{"text": "Hello", "client_id": "c1"}'
-    big = b"x" * (MAX_FRAME_BYTES + 1)
+    big = b"x" * (BODY_LIMIT_BYTES + 1)
     chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(big), big)
     assert (await raw([*post, "Transfer-Encoding: chunked"], chunked))[0] == 413
     assert (await raw([*post, f"Content-Length: {len(big)}"], big))[0] == 413

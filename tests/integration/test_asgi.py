@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -95,4 +96,5 @@ async def test_lifespan_begins_and_drains(plain: Application) -> None:
         [*HEADERS, (b"cookie", b"sessionid=" + (await wire.sign_in(user)).encode())],
     )
     assert (await refused.connect(wire.PATIENCE_SECONDS))[0]
+    assert json.loads(await refused.receive_from(wire.PATIENCE_SECONDS))["type"] == "reconnect"
     assert await refused.receive_output(wire.PATIENCE_SECONDS) == {"type": "websocket.close", "code": 4503}

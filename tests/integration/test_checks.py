@@ -205,6 +205,16 @@ def test_seconds_that_defeat_their_purpose_are_w006(settings: Settings, key: str
     assert ids() == []
 
 
+def test_prompts_that_may_not_fit_a_frame_are_w012(settings: Settings) -> None:
+    settings.STREAMING_CHAT = {"PROVIDER": "demo", "MESSAGE_MAX_CHARS": 81_579}
+    (message,) = found()
+    assert (message.id, message.msg) == ("streaming_chat.W012", "STREAMING_CHAT['MESSAGE_MAX_CHARS'] is 81579.")
+    assert message.hint is not None
+    assert "at most 81578:" in message.hint
+    settings.STREAMING_CHAT = {"PROVIDER": "demo", "MESSAGE_MAX_CHARS": 81_578}
+    assert ids() == []
+
+
 @pytest.mark.parametrize(
     ("order", "expected"),
     [

@@ -357,7 +357,7 @@ async def test_groups_are_joined_one_at_a_time_and_all_of_them_once_the_layer_an
     assert set(layer.joined) == joined
     layer.joined.clear()
     layer.joins_return.clear()
-    monkeypatch.setattr(hub, "LAYER_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(hub, "LAYER_TIMEOUT_SECONDS", 0.25)  # longer than a beat
     monkeypatch.setattr(hub, "REJOIN_SECONDS", 0.0)
     tried: set[str] = set()
 

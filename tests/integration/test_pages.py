@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import uuid
@@ -13,9 +14,12 @@ from django.http import Http404
 from django.template import Context, Template
 from django.test import AsyncClient, Client, RequestFactory
 
-from streaming_chat.models import Conversation, Message
+from streaming_chat.models import Conversation, Message, Turn
+from tests.wire import CSRF_TOKEN, LocalSite, local_site
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from django.http import HttpRequest
 
 # Static files are not collected for the tests.
@@ -132,3 +136,59 @@ async def test_forms_need_a_session_a_token_a_text_and_an_id() -> None:
     assert (await strict.post("/chat/new/", form)).status_code == 403
     assert await Conversation.objects.acount() == 2
     assert await Message.objects.acount() == 0
+
+
+@pytest.fixture
+async def ann() -> AsyncIterator[AsyncClient]:
+    """Ann's browser, and a chat that is drained afterwards."""
+    async with local_site() as local:
+        yield await local.client(await User.objects.acreate_user("ann"))
+
+
+def filled(text: str) -> dict[str, str]:
+    return {"text": text, "client_id": str(uuid.uuid4()), "csrfmiddlewaretoken": CSRF_TOKEN}
+
+
+@pytest.mark.django_db(transaction=True)
+async def test_a_form_that_is_sent_four_times_at_once_begins_one_conversation(ann: AsyncClient) -> None:
+    form = filled("Hello")
+    answers = await asyncio.gather(*(ann.post("/chat/new/", form) for _ in range(4)))
+    conversation = await Conversation.objects.aget()
+    where = f"/chat/conversations/{conversation.pk}/"
+    assert [(answer.status_code, answer.get("Location")) for answer in answers] == [(302, where)] * 4
+    assert (await Message.objects.aget(role="user")).text == "Hello"
+    assert await Turn.objects.acount() == 1
+    assert (await ann.post("/chat/new/", form))["Location"] == where
+    assert await Turn.objects.acount() == 1
+
+
+@pytest.mark.django_db(transaction=True)
+async def test_a_form_that_was_changed_after_it_was_sent_loses_no_text(ann: AsyncClient) -> None:
+    form = filled("Hello")
+    assert (await ann.post("/chat/new/", form)).status_code == 302
+    changed = await ann.post("/chat/new/", {**form, "text": "Hello again"})
+    assert changed.status_code == 409
+    assert "Hello again</textarea>" in changed.content.decode()
+    assert form["client_id"] not in changed.content.decode()
+    assert await Message.objects.filter(role="user").acount() == 1
+
+
+@pytest.mark.django_db(transaction=True)
+async def test_the_same_form_of_two_users_begins_two_conversations(ann: AsyncClient) -> None:
+    form = filled("Hello")
+    bob = await LocalSite().client(await User.objects.acreate_user("bob"))
+    first, second = await asyncio.gather(ann.post("/chat/new/", form), bob.post("/chat/new/", form))
+    assert (first.status_code, second.status_code) == (302, 302)
+    owners = [
+        owner async for owner in Conversation.objects.order_by("owner_id").values_list("owner__username", flat=True)
+    ]
+    assert owners == ["ann", "bob"]
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("character", ["漢", "\N{GRINNING FACE}"])
+async def test_the_longest_prompt_fits_a_form_in_any_script(character: str, ann: AsyncClient) -> None:
+    assert (await ann.post("/chat/new/", filled(character * 32_001))).status_code == 413
+    assert await Conversation.objects.acount() == 0
+    assert (await ann.post("/chat/new/", filled(character * 32_000))).status_code == 302
+    assert (await Message.objects.aget(role="user")).text == character * 32_000

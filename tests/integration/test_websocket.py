@@ -22,7 +22,7 @@ from streaming_chat import limits, turns
 from streaming_chat.consumers import STRIKES
 from streaming_chat.hub import get_hub
 from streaming_chat.models import Conversation, Message, Participant, Turn, UsageRecord
-from streaming_chat.protocol import MAX_FRAME_BYTES
+from streaming_chat.protocol import frame_limit_bytes
 from streaming_chat.testing import FakeAnthropic, Gate, Reply
 from tests import services, wire
 
@@ -38,6 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:No directory at"),  # static files are not collected for the tests
 ]
 
+FRAME_LIMIT_BYTES = frame_limit_bytes(32_000)
 FUZZED_SOCKETS = 80
 FRAMES_EACH = 40
 
@@ -254,7 +255,7 @@ BAD_FRAMES = {
     "a control character": (send(text="a\x1b[31m"), "bad_text", "text"),
     "nothing": (send(text=""), "bad_text", "text"),
     "only white space": (send(text=" \n\t\u2003\u00a0"), "bad_text", "text"),
-    "more than 64 KiB": ("x" * (MAX_FRAME_BYTES + 1), "too_large", None),
+    "more than a frame": ("x" * (FRAME_LIMIT_BYTES + 1), "too_large", None),
     "more characters than allowed": (send(text="x" * 32_001), "too_large", "text"),
     "a parent that does not exist": (send(parent_id=NOBODY), "not_found", None),
     "a reply that does not exist": (
@@ -591,16 +592,30 @@ async def test_a_frame_of_any_size_is_answered_up_to_daphnes_limit(
 ) -> None:
     async with wire.network(key) as session, wire.open_socket(session, site.url, talk.pk) as socket:
         await socket.until("snapshot")
-        for size in (MAX_FRAME_BYTES + 1, 1024 * 1024 - 16):
+        for size in (FRAME_LIMIT_BYTES + 1, 1024 * 1024 - 16):
             assert (await socket.ask("x" * size))["code"] == "too_large"
-        assert (await socket.ask("x" * MAX_FRAME_BYTES))["code"] == "bad_json"
-        assert (await socket.ask("é" * (MAX_FRAME_BYTES // 2 + 1)))["code"] == "too_large"
+        assert (await socket.ask("x" * FRAME_LIMIT_BYTES))["code"] == "bad_json"
+        assert (await socket.ask("é" * (FRAME_LIMIT_BYTES // 2 + 1)))["code"] == "too_large"
         assert (await socket.ask(b"\x00" * 10))["code"] == "binary_unsupported"
         assert (await socket.ask(""))["code"] == "bad_json"
         assert await socket.alive()
         with contextlib.suppress(aiohttp.ClientError, ConnectionError):  # Daphne drops it while we still write
             await socket.send("x" * (1024 * 1024 + 1))
         assert await socket.closed() in (1006, 1009)
+    wire.assert_clean(site)
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+@pytest.mark.parametrize("character", ["漢", "\N{GRINNING FACE}"])
+async def test_the_longest_prompt_fits_in_any_script(
+    character: str, ascii_only: bool, site: services.Site, talk: Conversation, key: str
+) -> None:
+    text = character * 32_000
+    async with wire.network(key) as session, wire.open_socket(session, site.url, talk.pk) as socket:
+        await socket.until("snapshot")
+        accepted = await socket.ask(json.dumps(send(text), ensure_ascii=ascii_only))
+        assert accepted["type"] == "accepted", accepted
+    assert (await Message.objects.aget(pk=accepted["message"])).text == text
     wire.assert_clean(site)
 
 

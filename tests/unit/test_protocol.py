@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from streaming_chat.exceptions import InvalidInputError
 from streaming_chat.protocol import (
-    MAX_FRAME_BYTES,
+    MAX_FRAME_LIMIT_BYTES,
+    MIN_FRAME_LIMIT_BYTES,
     Ack,
     Cursor,
     Frame,
@@ -25,6 +26,7 @@ from streaming_chat.protocol import (
     clean_text,
     encode,
     encode_delta,
+    frame_limit_bytes,
     load_json,
     parse_command,
     problem,
@@ -103,12 +105,36 @@ def test_a_frame_is_measured_in_bytes(character: str) -> None:
         count, rest = divmod(size, len(character.encode()))
         return '{"a":"' + character * count + "x" * rest + '"}'
 
-    assert load_json(frame(MAX_FRAME_BYTES))
-    with pytest.raises(InvalidInputError) as refused:
-        load_json(frame(MAX_FRAME_BYTES + 1))
-    assert (refused.value.code, refused.value.http_status) == ("too_large", 413)
+    for limit in (MIN_FRAME_LIMIT_BYTES, MAX_FRAME_LIMIT_BYTES):
+        assert load_json(frame(limit), limit_bytes=limit)
+        with pytest.raises(InvalidInputError) as refused:
+            load_json(frame(limit + 1), limit_bytes=limit)
+        assert (refused.value.code, refused.value.http_status) == ("too_large", 413)
     with pytest.raises(InvalidInputError):
-        load_json("\ud800" * MAX_FRAME_BYTES)
+        load_json("\ud800" * MIN_FRAME_LIMIT_BYTES)
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+@pytest.mark.parametrize("character", ["x", "\n", "\x00", "ü", "漢", "\N{GRINNING FACE}"])
+@pytest.mark.parametrize("max_chars", [1, 5_000, 5_200, 32_000, 81_578])
+def test_the_longest_prompt_of_any_script_fits_a_frame(max_chars: int, character: str, ascii_only: bool) -> None:
+    command = {
+        "type": "send",
+        "ref": "\N{GRINNING FACE}" * 64,
+        "client_id": "\N{GRINNING FACE}" * 64,
+        "parent_id": str(uuid.uuid4()),
+        "text": character * max_chars,
+    }
+    frame = json.dumps(command, ensure_ascii=ascii_only)
+    assert load_json(frame, limit_bytes=frame_limit_bytes(max_chars)) == command
+
+
+@pytest.mark.parametrize(
+    ("max_chars", "limit"),
+    [(1, 65_536), (5_120, 65_536), (5_121, 65_548), (32_000, 388_096), (81_578, 983_032), (10**9, 983_040)],
+)
+def test_the_limit_of_a_frame_follows_that_of_a_prompt(max_chars: int, limit: int) -> None:
+    assert frame_limit_bytes(max_chars) == limit
 
 
 # ---------------------------------------------------------------------------------------------------- commands
