@@ -231,6 +231,10 @@ class Migration(migrations.Migration):
             model_name='usagerecord',
             index=models.Index(fields=['-requested_at', '-id'], name='usage_newest'),
         ),
+        migrations.AddIndex(
+            model_name='usagerecord',
+            index=models.Index(condition=models.Q(('quality', 'open')), fields=['requested_at'], name='usage_open'),
+        ),
         migrations.AddConstraint(
             model_name='usagerecord',
             constraint=models.CheckConstraint(condition=models.Q(models.Q(('finished_at__isnull', True), ('quality', 'open')), models.Q(('finished_at__isnull', False), ('quality__in', ['exact', 'estimated'])), _connector='OR'), name='usage_finished_unless_open'),

@@ -63,7 +63,10 @@ class UsageRecord(models.Model):
                 name="usage_finished_unless_open",
             ),
         ]
-        indexes = [models.Index(fields=["-requested_at", "-id"], name="usage_newest")]
+        indexes = [
+            models.Index(fields=["-requested_at", "-id"], name="usage_newest"),
+            models.Index(fields=["requested_at"], condition=Q(quality="open"), name="usage_open"),
+        ]
 
     def __str__(self) -> str:
         return f"usage record {self.pk}"
