@@ -138,16 +138,18 @@ class Runner:
         del self._running[turn_id], self._finishing[turn_id]
 
     async def _claim_waiting(self) -> None:
+        age_seconds = 0.0  # at the start whatever waits: a process before this one may have left it
         while True:
-            await asyncio.sleep(CLAIM_SECONDS)
             if self._free() > 0:
                 try:
-                    waiting = await in_database(lease.waiting_turns, self._free(), age_seconds=CLAIM_SECONDS)
+                    waiting = await in_database(lease.waiting_turns, self._free(), age_seconds=age_seconds)
                 except DatabaseError as error:
                     logger.warning("the queue can't be read: %s", type(error).__name__)
-                    continue
-                for turn_id in waiting:
-                    self.nudge(turn_id)
+                else:
+                    age_seconds = CLAIM_SECONDS
+                    for turn_id in waiting:
+                        self.nudge(turn_id)
+            await asyncio.sleep(CLAIM_SECONDS)
 
     async def _sweep(self) -> None:
         while True:
