@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import json
@@ -122,7 +123,7 @@ class View:
         return text_of(self.blocks())
 
 
-class Socket:
+class Socket(abc.ABC):
     """One WebSocket; every event that comes is shown by ``view``."""
 
     def __init__(self, view: View | None = None) -> None:
@@ -168,14 +169,14 @@ class Socket:
             pass
         return self.close_code
 
-    async def _send_text(self, text: str) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    async def _send_text(self, text: str) -> None: ...
 
-    async def _send_bytes(self, data: bytes) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    async def _send_bytes(self, data: bytes) -> None: ...
 
-    async def _receive(self) -> str | None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    async def _receive(self) -> str | None: ...
 
 
 class NetworkSocket(Socket):

@@ -6,9 +6,11 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
+from uuid_utils.compat import uuid7
 
-from streaming_chat import signals, turns
-from streaming_chat.database import close_threads
+from streaming_chat import lifecycle, signals, turns
+from streaming_chat.database import close_threads, in_database
+from streaming_chat.generation import runner
 from streaming_chat.generation.runner import get_runner
 from streaming_chat.models import JournalEntry, UsageRecord
 from streaming_chat.models import Turn as TurnRow
@@ -76,3 +78,12 @@ async def test_a_receiver_that_never_returns_holds_nothing_up(chat: Chat, monkey
         await eventually(lambda: get_runner().running == 0)
     finally:
         turn_finished.disconnect(hang)
+
+
+async def test_what_waits_in_the_queue_is_taken_at_the_start(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "CLAIM_SECONDS", 3600.0)
+    conversation = await chat.conversation()
+    ids = (uuid7(), uuid7(), uuid7())  # as a process leaves it that dies right after the commit
+    turn, _, _ = await in_database(turns._accept_prompt, chat.user, conversation.pk, ids, "Hi", "c", None, None)
+    await lifecycle.start()
+    assert (await chat.ended(turn.pk)).reply.text == "Hello"
